@@ -1,0 +1,610 @@
+#include "llama-expert-cache.h"
+
+#include <algorithm>
+#include <cassert>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+static constexpr double LFU_HALF_LIFE = 16.0; // tokens
+
+const char * llama_expert_policy_name(llama_expert_policy policy) {
+    return policy == LLAMA_EXPERT_POLICY_LRU ? "lru" : "lfu";
+}
+
+static uint64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// bytes of a slot: any expert of the tensor, aligned as direct reads want it
+static size_t slot_stride(const llama_expert_tensor_desc & desc) {
+    if (desc.offs % LLAMA_EXPERT_IO_ALIGN == 0 && desc.size % LLAMA_EXPERT_IO_ALIGN == 0) {
+        return desc.size;
+    }
+    // the worst case over all offsets
+    return llama_expert_files::extent(LLAMA_EXPERT_IO_ALIGN - 1, desc.size);
+}
+
+llama_expert_cache::llama_expert_cache(
+        const llama_expert_files & files,
+        std::vector<llama_expert_group_desc> descs,
+        llama_expert_policy policy,
+        int n_readers) : files(files), policy(policy), n_readers(n_readers) {
+    for (auto & desc : descs) {
+        for (const auto & t : desc.tensors) {
+            // the ends were checked when the file was opened, a file from a stranger may still lie about products
+            if (t.size == 0 || desc.n_expert <= 0 || t.size > files.size(t.file) / desc.n_expert ||
+                    t.offs > files.size(t.file) - t.size*desc.n_expert) {
+                throw std::runtime_error("tensor " + t.name + " does not lie within " + files.name(t.file));
+            }
+        }
+        groups.emplace_back();
+        group & g = groups.back();
+        g.slot_of.assign(desc.n_expert, -1);
+        g.slot   .assign(desc.n_expert, -1);
+        g.used   .resize(desc.n_expert);
+        for (const auto & t : desc.tensors) {
+            g.tensors.emplace_back();
+            g.tensors.back().desc   = t;
+            g.tensors.back().stride = slot_stride(t);
+        }
+        g.desc = std::move(desc);
+    }
+}
+
+llama_expert_cache::~llama_expert_cache() {
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        stop = true;
+    }
+    cv_work.notify_all();
+    for (auto & reader : readers) {
+        reader.join();
+    }
+#ifdef __linux__
+    for (auto & g : groups) {
+        for (auto & t : g.tensors) {
+            if (t.arena != nullptr) {
+                munmap(t.arena, t.n_arena);
+            }
+        }
+    }
+#endif
+}
+
+int llama_expert_cache::n_slots_min() const {
+    int res = 0;
+    for (const auto & g : groups) {
+        res = std::max(res, std::min(g.desc.n_expert, g.desc.n_expert_used));
+    }
+    return res;
+}
+
+int llama_expert_cache::n_slots_max() const {
+    int res = 0;
+    for (const auto & g : groups) {
+        res = std::max(res, g.desc.n_expert);
+    }
+    return res;
+}
+
+size_t llama_expert_cache::bytes_for(int n_slots) const {
+    size_t res = sizeof(*this) + n_readers*(64*1024); // what a reader thread touches of its stack
+    for (const auto & g : groups) {
+        const int n = std::min(n_slots, g.desc.n_expert);
+
+        res += sizeof(g) + g.desc.n_expert*(sizeof(usage) + 5*sizeof(int)) + n*2*sizeof(int);
+        for (const auto & t : g.tensors) {
+            res += sizeof(t) + n*(t.stride + sizeof(slice) + sizeof(request)) + LLAMA_EXPERT_IO_ALIGN;
+        }
+    }
+    return res;
+}
+
+size_t llama_expert_cache::bytes_experts() const {
+    size_t res = 0;
+    for (const auto & g : groups) {
+        for (const auto & t : g.tensors) {
+            res += g.desc.n_expert*t.desc.size;
+        }
+    }
+    return res;
+}
+
+int llama_expert_cache::n_slots_for(size_t budget) const {
+    int res = 0;
+    for (int n = n_slots_min(); n <= n_slots_max() && bytes_for(n) <= budget; n++) {
+        res = n;
+    }
+    return res;
+}
+
+void llama_expert_cache::allocate(int n_slots) {
+    assert(slots_per_layer == 0 && n_slots >= n_slots_min());
+
+    size_t n_needed_max = 0;
+    for (auto & g : groups) {
+        const int n = std::min(n_slots, g.desc.n_expert);
+
+        g.expert_of.assign(n, -1);
+        for (auto & t : g.tensors) {
+            t.n_arena = n*t.stride;
+#ifdef __linux__
+            // pages are taken when a slot is first filled
+            void * addr = mmap(nullptr, t.n_arena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            if (addr == MAP_FAILED) {
+                throw std::runtime_error("cannot allocate " + std::to_string(t.n_arena) + " bytes of slots for " + t.desc.name);
+            }
+            t.arena = (uint8_t *) addr;
+#endif
+            t.slices.resize(n);
+        }
+        n_needed_max = std::max(n_needed_max, (size_t) g.desc.n_expert);
+    }
+    op_order.reserve(n_needed_max);
+
+    slots_per_layer = n_slots;
+
+    for (int i = 0; i < n_readers; i++) {
+        readers.emplace_back([this] { reader_main(); });
+    }
+}
+
+//
+// policy
+//
+
+bool llama_expert_cache::less_valuable(const group & g, int a, int b) const {
+    const usage & ua = g.used[a];
+    const usage & ub = g.used[b];
+
+    if (policy == LLAMA_EXPERT_POLICY_LFU) {
+        const double sa = ua.score*std::exp2(-(double) (g.time - ua.time)/LFU_HALF_LIFE);
+        const double sb = ub.score*std::exp2(-(double) (g.time - ub.time)/LFU_HALF_LIFE);
+        if (sa != sb) {
+            return sa < sb;
+        }
+    }
+    return ua.seq < ub.seq;
+}
+
+// note the uses of a call, token by token; within a token experts that are there come first
+void llama_expert_cache::touch(group & g, const id_view & ids) {
+    for (int64_t it = 0; it < ids.n_tokens; it++) {
+        g.time++;
+        for (const bool hit : { true, false }) {
+            for (int64_t ik = 0; ik < ids.n_ids; ik++) {
+                const int expert = ids.at(it, ik);
+                if ((g.slot_of[expert] != -1) != hit) {
+                    continue;
+                }
+                usage & u = g.used[expert];
+                u.score = 1.0 + u.score*std::exp2(-(double) (g.time - u.time)/LFU_HALF_LIFE);
+                u.time  = g.time;
+                u.seq   = ++g.seq;
+            }
+        }
+    }
+}
+
+//
+// calls
+//
+
+void llama_expert_cache::enqueue(int ig, int it, int slot, int expert) {
+    group & g = groups[ig];
+    slice & s = g.tensors[it].slices[slot];
+
+    s.expert = expert;
+    s.state  = SLICE_LOADING;
+    s.busy   = true;
+    s.n_left = 0;
+
+    g.n_loading++;
+
+    // the tensor that the graph needs first is read first
+    auto pos = std::find_if(queue.begin(), queue.end(), [it](const request & r) { return r.tensor > it; });
+    queue.insert(pos, { ig, it, slot, expert });
+}
+
+// after a streamed or failed call: keep the slots whose slices agree
+void llama_expert_cache::settle(group & g) {
+    std::fill(g.slot_of.begin(), g.slot_of.end(), -1);
+    for (size_t slot = 0; slot < g.expert_of.size(); slot++) {
+        const int expert = g.tensors[0].slices[slot].expert;
+
+        const bool whole = expert != -1 && std::all_of(g.tensors.begin(), g.tensors.end(), [&](const tensor & t) {
+            return t.slices[slot].expert == expert && t.slices[slot].state == SLICE_READY;
+        });
+        if (whole) {
+            g.slot_of[expert] = slot;
+        } else {
+            for (auto & t : g.tensors) {
+                t.slices[slot] = {};
+            }
+        }
+        g.expert_of[slot] = whole ? expert : -1;
+    }
+    g.dirty = false;
+}
+
+void llama_expert_cache::start_call(std::unique_lock<std::mutex> & lock, int ig, const id_view & ids, std::vector<int> && needed) {
+    group & g = groups[ig];
+
+    // reads of a call that did not come to its end
+    cv_ready.wait(lock, [&g] { return g.n_loading == 0; });
+
+    if (g.dirty) {
+        settle(g);
+    }
+
+    for (const int expert : g.needed) {
+        g.slot[expert] = -1;
+    }
+    g.needed = std::move(needed);
+    g.misses.clear();
+    for (const int expert : g.needed) {
+        g.slot[expert] = g.slot_of[expert];
+        if (g.slot_of[expert] == -1) {
+            g.misses.push_back(expert);
+        }
+    }
+    g.tensors_done = 0;
+    g.streamed     = g.needed.size() > g.expert_of.size();
+
+    touch(g, ids);
+
+    if (counting) {
+        g.counters.calls++;
+        g.counters.calls_streamed += g.streamed;
+        g.counters.hits           += g.needed.size() - g.misses.size();
+        g.counters.misses         += g.misses.size();
+
+        const size_t n_free = std::count(g.expert_of.begin(), g.expert_of.end(), -1);
+        g.counters.evictions += g.misses.size() - std::min(n_free, g.misses.size());
+    }
+
+    if (g.streamed) {
+        plan_streamed(ig);
+    } else {
+        plan_resident(ig);
+    }
+    cv_work.notify_all();
+}
+
+// everything fits: a slot for every miss, none of them taken from an expert of this call
+void llama_expert_cache::plan_resident(int ig) {
+    group & g = groups[ig];
+
+    for (const int expert : g.misses) {
+        int victim = -1;
+        for (int slot = 0; slot < (int) g.expert_of.size(); slot++) {
+            const int cur = g.expert_of[slot];
+            if (cur == -1) {
+                victim = slot;
+                break;
+            }
+            if (g.slot[cur] == -1 && (victim == -1 || less_valuable(g, cur, g.expert_of[victim]))) {
+                victim = slot;
+            }
+        }
+        assert(victim != -1);
+
+        if (g.expert_of[victim] != -1) {
+            g.slot_of[g.expert_of[victim]] = -1;
+        }
+        g.expert_of[victim] = expert;
+        g.slot_of[expert]   = victim;
+        g.slot[expert]      = victim;
+    }
+    for (int it = 0; it < (int) g.tensors.size(); it++) {
+        for (const int expert : g.misses) {
+            enqueue(ig, it, g.slot[expert], expert);
+        }
+    }
+}
+
+// more experts than slots: the most valuable stay where they are, the misses pass through the other slots, so that the
+// most valuable of them are read last and are there when the next call comes
+void llama_expert_cache::plan_streamed(int ig) {
+    group & g = groups[ig];
+
+    const auto less = [&](int a, int b) { return less_valuable(g, a, b); };
+
+    // at least as many slots in the ring as keep the readers busy while compute holds one
+    const int n_slots = g.expert_of.size();
+    const int n_ring  = std::min(n_slots, std::max(n_slots/2, n_readers + 1));
+
+    // the policy's choice among all experts, needed or there
+    std::vector<int> best = g.misses;
+    for (const int expert : g.expert_of) {
+        if (expert != -1) {
+            best.push_back(expert);
+        }
+    }
+    std::sort(best.begin(), best.end(), [&](int a, int b) { return less(b, a); });
+
+    std::vector<bool> keep(n_slots, false);
+    int n_keep = 0;
+    for (int i = 0; i < (int) best.size() && i < n_slots && n_keep < n_slots - n_ring; i++) {
+        if (g.slot_of[best[i]] != -1) {
+            keep[g.slot_of[best[i]]] = true;
+            n_keep++;
+        }
+    }
+
+    // slots that hold nothing the call needs can be refilled at once and come first
+    g.ring.clear();
+    for (const bool hit : { false, true }) {
+        for (int slot = 0; slot < n_slots; slot++) {
+            const int expert = g.expert_of[slot];
+            if ((expert != -1 && g.slot[expert] != -1) != hit) {
+                continue;
+            }
+            if (!keep[slot]) {
+                g.ring.push_back(slot);
+            }
+            for (auto & t : g.tensors) {
+                t.slices[slot].busy   = hit && !keep[slot];
+                t.slices[slot].n_left = 0;
+            }
+        }
+    }
+
+    std::sort(g.misses.begin(), g.misses.end(), less);
+    for (size_t i = 0; i < g.misses.size(); i++) {
+        g.slot[g.misses[i]] = g.ring[i % g.ring.size()];
+    }
+
+    g.dirty = true;
+    for (int it = 0; it < (int) g.tensors.size(); it++) {
+        g.tensors[it].n_issued = 0;
+        issue_streamed(ig, it);
+    }
+}
+
+// queue the reads whose slots the threads have left
+void llama_expert_cache::issue_streamed(int ig, int it) {
+    group  & g = groups[ig];
+    tensor & t = g.tensors[it];
+
+    while (t.n_issued < g.misses.size()) {
+        const int expert = g.misses[t.n_issued];
+        if (t.slices[g.slot[expert]].busy) {
+            break;
+        }
+        enqueue(ig, it, g.slot[expert], expert);
+        t.n_issued++;
+    }
+}
+
+void llama_expert_cache::begin(int ig, int it, const char * data, int64_t n_ids, int64_t n_tokens, size_t stride_id, size_t stride_token, int n_threads) {
+    std::unique_lock<std::mutex> lock(mutex);
+
+    group  & g = groups[ig];
+    tensor & t = g.tensors[it];
+
+    const id_view ids = { data, n_ids, n_tokens, stride_id, stride_token };
+
+    std::vector<int>  needed;
+    std::vector<bool> seen(g.desc.n_expert, false);
+    for (int64_t i = 0; i < n_tokens; i++) {
+        for (int64_t k = 0; k < n_ids; k++) {
+            const int expert = ids.at(i, k);
+            if (!seen[expert]) {
+                seen[expert] = true;
+                needed.push_back(expert);
+            }
+        }
+    }
+
+    const bool first = g.tensors_done == 0 || ((g.tensors_done >> it) & 1) != 0 || needed != g.needed;
+    if (first) {
+        start_call(lock, ig, ids, std::move(needed));
+    }
+    g.tensors_done |= (uint64_t) 1 << it;
+
+    op_group    = ig;
+    op_tensor   = it;
+    op_threads  = n_threads;
+    op_streamed = g.streamed;
+    op_order.assign(g.needed.size(), -1);
+    op_cursors.assign(n_threads, {});
+
+    // what is there already; experts in the ring first, so that their slots come free early
+    size_t n_ready = 0;
+    bool   failed  = false;
+    for (const bool in_ring : { true, false }) {
+        for (const int expert : g.needed) {
+            const slice & s = t.slices[g.slot[expert]];
+            if (s.expert != expert || (g.streamed && s.busy) != in_ring) {
+                continue;
+            }
+            if (s.state == SLICE_READY) {
+                op_order[n_ready++] = expert;
+            }
+            failed = failed || s.state == SLICE_FAILED;
+        }
+    }
+    op_ready .store(n_ready);
+    op_failed.store(failed);
+}
+
+int llama_expert_cache::next(int ith, const void ** data) {
+    cursor & c = op_cursors[ith];
+
+    if (op_streamed && c.pos > 0) {
+        leave(op_order[c.pos - 1]);
+    }
+    if (c.pos == op_order.size()) {
+        return -1;
+    }
+
+    const group  & g = groups[op_group];
+    const tensor & t = g.tensors[op_tensor];
+
+    if (c.pos >= op_ready.load(std::memory_order_acquire)) {
+        std::unique_lock<std::mutex> lock(mutex);
+
+        const uint64_t t_start = now_ns();
+        cv_ready.wait(lock, [&] { return c.pos < op_ready.load() || op_failed.load(); });
+        if (ith == 0 && counting) {
+            groups[op_group].counters.stall_ns += now_ns() - t_start;
+        }
+        if (c.pos >= op_ready.load()) {
+            return -2;
+        }
+    }
+
+    const int expert = op_order[c.pos++];
+
+    *data = t.arena + g.slot[expert]*t.stride + (t.desc.offs + expert*t.desc.size) % LLAMA_EXPERT_IO_ALIGN;
+
+    return expert;
+}
+
+// streaming: when the last thread has left an expert, its slot can take the next one
+void llama_expert_cache::leave(int expert) {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    const group & g = groups[op_group];
+    slice & s = groups[op_group].tensors[op_tensor].slices[g.slot[expert]];
+
+    if (s.busy && ++s.n_left == op_threads) {
+        s.busy = false;
+        issue_streamed(op_group, op_tensor);
+        cv_work.notify_all();
+    }
+}
+
+//
+// readers
+//
+
+void llama_expert_cache::reader_main() {
+    std::unique_lock<std::mutex> lock(mutex);
+
+    while (true) {
+        cv_work.wait(lock, [this] { return stop || !queue.empty(); });
+        if (stop) {
+            return;
+        }
+
+        const request r = queue.front();
+        queue.pop_front();
+
+        group  & g = groups[r.group];
+        tensor & t = g.tensors[r.tensor];
+
+        const size_t offs = t.desc.offs + r.expert*t.desc.size;
+
+        lock.unlock();
+        const uint64_t t_start = now_ns();
+        const std::string err  = files.read(t.desc.file, offs, t.desc.size, t.arena + r.slot*t.stride);
+        const uint64_t t_read  = now_ns() - t_start;
+        lock.lock();
+
+        slice & s = t.slices[r.slot];
+
+        const bool in_op = r.group == op_group && r.tensor == op_tensor;
+
+        if (err.empty()) {
+            s.state = SLICE_READY;
+            if (counting) {
+                g.counters.reads++;
+                g.counters.bytes_demand += t.desc.size;
+                g.counters.read_ns      += t_read;
+            }
+            if (in_op) {
+                const size_t n_ready = op_ready.load();
+                op_order[n_ready] = r.expert;
+                op_ready.store(n_ready + 1, std::memory_order_release);
+            }
+        } else {
+            s.state = SLICE_FAILED;
+            g.dirty = true;
+            error   = files.name(t.desc.file) + ": cannot read tensor " + t.desc.name + ", expert " + std::to_string(r.expert) +
+                ", offset " + std::to_string(offs) + ", " + std::to_string(t.desc.size) + " bytes: " + err;
+            if (in_op) {
+                op_failed.store(true);
+            }
+        }
+        g.n_loading--;
+
+        if (in_op || g.n_loading == 0) {
+            cv_ready.notify_all();
+        }
+    }
+}
+
+//
+// counters, errors
+//
+
+llama_expert_counters llama_expert_cache::counters(int il) const {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    llama_expert_counters res;
+    for (int i = 0; i < (int) groups.size(); i++) {
+        if (il >= 0 && il != i) {
+            continue;
+        }
+        const auto & c = groups[i].counters;
+        res.calls          += c.calls;
+        res.calls_streamed += c.calls_streamed;
+        res.hits           += c.hits;
+        res.misses         += c.misses;
+        res.evictions      += c.evictions;
+        res.bytes_demand   += c.bytes_demand;
+        res.reads          += c.reads;
+        res.stall_ns       += c.stall_ns;
+        res.read_ns        += c.read_ns;
+    }
+    return res;
+}
+
+void llama_expert_cache::reset_counters() {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    for (auto & g : groups) {
+        g.counters = {};
+    }
+}
+
+const char * llama_expert_cache::last_error() const {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    error_out = error;
+
+    return error_out.c_str();
+}
+
+bool llama_expert_cache::flip_byte(int il) {
+    std::unique_lock<std::mutex> lock(mutex);
+
+    group & g = groups[il];
+    cv_ready.wait(lock, [&g] { return g.n_loading == 0; });
+
+    if (g.dirty) {
+        settle(g);
+    }
+    int best = -1;
+    for (const int expert : g.expert_of) {
+        if (expert != -1 && (best == -1 || less_valuable(g, best, expert))) {
+            best = expert;
+        }
+    }
+    if (best == -1) {
+        return false;
+    }
+    const tensor & t = g.tensors[0];
+    uint8_t * data = t.arena + g.slot_of[best]*t.stride + (t.desc.offs + best*t.desc.size) % LLAMA_EXPERT_IO_ALIGN;
+    data[t.desc.size/2 + 3] ^= 0xff;
+
+    return true;
+}

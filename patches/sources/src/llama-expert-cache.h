@@ -1,0 +1,256 @@
+#pragma once
+
+#include "llama-expert-io.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+// Bounded cache of expert weights. Knows nothing of models and graphs: it is given files, the places of the expert
+// slices in them, and for every op the experts that the op needs.
+//
+// A layer (more exactly: one group of expert tensors, a model may have two in a block) has n_slots slots. A slot has
+// room for one expert, that is for its slice of every tensor of the group. The policy decides about experts, reads and
+// compute are about slices:
+//
+//   EMPTY    nothing, or bytes that must not be used
+//   LOADING  a read into the slice is queued or running; only the reader that has taken it touches the bytes
+//   READY    the bytes are those of the file; stays so until the slot is given to another expert
+//   FAILED   the read failed; the slot is taken back at the next call of the layer
+//
+//   EMPTY -> LOADING -> READY -> LOADING (evicted and refilled) ...
+//                    -> FAILED -> EMPTY
+//
+// A call is one evaluation of a layer: up, gate and down (or gate_up and down) with the same ids, each an op. At its
+// first op the call looks up all of its experts before any is evicted, and every miss is admitted. With n_slots >= K
+// everything that the last token used is therefore still there: hits[t] >= |E[t] n E[t-1]|.
+//
+// A call that needs more experts than there are slots streams: the experts that are there are used first, then the
+// others pass through the remaining slots (the ring), each slice read once per call, a slot refilled only when every
+// thread has left it. The ring is the same for all tensors of the group, so that they agree again when the call ends.
+//
+// One graph at a time: the owner holds turn() while a graph runs. Two contexts on one model take turns.
+
+enum llama_expert_policy {
+    LLAMA_EXPERT_POLICY_LRU,
+    LLAMA_EXPERT_POLICY_LFU, // frequency that decays with a half-life of 16 tokens
+};
+
+const char * llama_expert_policy_name(llama_expert_policy policy);
+
+// where one tensor of a group lies: expert e is [offs + e*size, offs + (e + 1)*size) of the file
+struct llama_expert_tensor_desc {
+    std::string name;
+    int         file = 0;
+    size_t      offs = 0;
+    size_t      size = 0; // bytes of one expert
+};
+
+struct llama_expert_group_desc {
+    int n_expert      = 0;
+    int n_expert_used = 0; // K, the least number of slots that can work
+
+    std::vector<llama_expert_tensor_desc> tensors; // in the order in which the graph uses them
+};
+
+struct llama_expert_counters {
+    uint64_t calls          = 0;
+    uint64_t calls_streamed = 0;
+    uint64_t hits           = 0;
+    uint64_t misses         = 0;
+    uint64_t evictions      = 0;
+    uint64_t bytes_demand   = 0;
+    uint64_t reads          = 0;
+    uint64_t stall_ns       = 0;
+    uint64_t read_ns        = 0;
+};
+
+class llama_expert_cache {
+public:
+    // files must outlive the cache. No slot exists before allocate().
+    llama_expert_cache(
+            const llama_expert_files & files,
+            std::vector<llama_expert_group_desc> groups,
+            llama_expert_policy policy,
+            int n_readers);
+    ~llama_expert_cache();
+
+    llama_expert_cache(const llama_expert_cache &) = delete;
+    llama_expert_cache & operator=(const llama_expert_cache &) = delete;
+
+    // bytes that n_slots slots per layer take, metadata included
+    size_t bytes_for(int n_slots) const;
+
+    // bytes of the least number of slots that can work: K in every layer
+    size_t bytes_floor() const { return bytes_for(n_slots_min()); }
+
+    size_t bytes_experts() const; // all experts of the model
+
+    int n_slots_min() const;
+    int n_slots_max() const;
+
+    // the largest number of slots whose bytes are within the budget, at most n_slots_max(), 0 if below the floor
+    int n_slots_for(size_t budget) const;
+
+    void allocate(int n_slots); // throws std::runtime_error
+
+    int n_slots()  const { return slots_per_layer; }
+    int n_groups() const { return (int) groups.size(); }
+
+    // held while a graph runs
+    std::mutex & turn() { return turn_mutex; }
+
+    // calls do not count while this is false (warm-up)
+    void set_counting(bool value) { counting = value; }
+
+    // An op on tensor `tensor` of group `group` needs the experts ids[it*stride_token + ik*stride_id] for token it in
+    // [0, n_tokens), ik in [0, n_ids). One thread calls this before any thread calls next().
+    void begin(int group, int tensor, const char * ids, int64_t n_ids, int64_t n_tokens, size_t stride_id, size_t stride_token, int n_threads);
+
+    // Called by every thread until it returns a negative number: -1 all experts of the op were returned, -2 a read
+    // failed. Every thread gets every expert once. The address holds until the thread's next call.
+    int next(int ith, const void ** data);
+
+    // il < 0: all layers
+    llama_expert_counters counters(int il) const;
+    void reset_counters();
+
+    // text of the last failed read, "" if there was none; the pointer holds until the next call
+    const char * last_error() const;
+
+    // for tests: invert one byte of the expert that the policy would keep longest
+    bool flip_byte(int il);
+
+private:
+    enum slice_state : uint8_t {
+        SLICE_EMPTY,
+        SLICE_LOADING,
+        SLICE_READY,
+        SLICE_FAILED,
+    };
+
+    struct slice {
+        int         expert = -1;
+        slice_state state  = SLICE_EMPTY;
+        bool        busy   = false; // streaming: the call has still to use it, the ring waits
+        int         n_left = 0;     // streaming: threads that are done with it
+    };
+
+    struct tensor {
+        llama_expert_tensor_desc desc;
+        size_t    stride = 0; // bytes of a slot
+        uint8_t * arena  = nullptr;
+        size_t    n_arena = 0;
+        size_t    n_issued = 0; // streaming: misses whose read was queued
+
+        std::vector<slice> slices; // [n_slots]
+    };
+
+    // what the policy knows of an expert
+    struct usage {
+        uint64_t seq   = 0; // last use
+        uint64_t time  = 0; // token of the last use
+        double   score = 0; // decayed number of uses, at that token
+    };
+
+    struct group {
+        llama_expert_group_desc desc;
+        std::vector<tensor> tensors;
+
+        std::vector<int>   slot_of;   // [n_expert], -1: not in a slot
+        std::vector<int>   expert_of; // [n_slots],  -1: free
+        std::vector<usage> used;      // [n_expert]
+        uint64_t seq  = 0;
+        uint64_t time = 0; // tokens seen
+
+        int  n_loading = 0;     // slices queued or being read
+        bool dirty     = false; // slices of a slot may disagree: a call was streamed, or a read failed
+
+        // the current call
+        std::vector<int> needed;  // distinct experts in order of first use
+        std::vector<int> slot;    // [n_expert] slot of a needed expert in this call
+        std::vector<int> misses;  // in the order in which they are read
+        std::vector<int> ring;    // streaming: slots that the misses pass through
+        uint64_t tensors_done = 0; // bit per tensor
+        bool     streamed     = false;
+
+        llama_expert_counters counters;
+    };
+
+    struct request {
+        int group;
+        int tensor;
+        int slot;
+        int expert;
+    };
+
+    // progress of one thread through the current op
+    struct alignas(64) cursor {
+        size_t pos = 0;
+    };
+
+    const llama_expert_files & files;
+    const llama_expert_policy  policy;
+    const int                  n_readers;
+
+    int slots_per_layer = 0;
+
+    std::atomic<bool> counting {true};
+
+    std::vector<group> groups;
+
+    std::mutex turn_mutex;
+
+    mutable std::mutex      mutex; // everything below, and the groups
+    std::condition_variable cv_work;
+    std::condition_variable cv_ready;
+
+    std::deque<request>      queue;
+    std::vector<std::thread> readers;
+    bool                     stop = false;
+
+    std::string         error;
+    mutable std::string error_out; // what last_error() has handed out
+
+    // the current op
+    int                 op_group   = -1;
+    int                 op_tensor  = -1;
+    int                 op_threads = 0;
+    bool                op_streamed = false;
+    std::vector<int>    op_order;      // experts in the order in which they became ready, room for all
+    std::atomic<size_t> op_ready {0};  // of these, how many are ready
+    std::atomic<bool>   op_failed {false};
+    std::vector<cursor> op_cursors;    // [n_threads]
+
+    // ids of an op as the graph stores them, possibly a strided view
+    struct id_view {
+        const char * data;
+        int64_t n_ids;
+        int64_t n_tokens;
+        size_t  stride_id;
+        size_t  stride_token;
+
+        int at(int64_t it, int64_t ik) const { return *(const int32_t *) (data + it*stride_token + ik*stride_id); }
+    };
+
+    // all of these are called with the mutex held
+    void start_call(std::unique_lock<std::mutex> & lock, int ig, const id_view & ids, std::vector<int> && needed);
+    void touch(group & g, const id_view & ids);
+    void plan_resident(int ig);
+    void plan_streamed(int ig);
+    void issue_streamed(int ig, int it);
+    void enqueue(int ig, int it, int slot, int expert);
+    void settle(group & g);
+
+    bool less_valuable(const group & g, int a, int b) const;
+
+    void leave(int expert);
+    void reader_main();
+};

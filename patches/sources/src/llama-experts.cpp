@@ -1,0 +1,420 @@
+#include "llama-experts.h"
+
+#include "llama-expert-cache.h"
+#include "llama-expert.h"
+
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-model-loader.h"
+#include "llama-model.h"
+
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <stdexcept>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+static constexpr double MiB = 1024.0*1024.0;
+
+//
+// configuration
+//
+
+static std::string override_str(const llama_model_kv_override & kv) {
+    if (kv.tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
+        throw std::runtime_error(format("%s must be a string", kv.key));
+    }
+    return std::string(kv.val_str, strnlen(kv.val_str, sizeof(kv.val_str)));
+}
+
+llama_expert_config llama_expert_config::from_overrides(const std::unordered_map<std::string, llama_model_kv_override> & overrides) {
+    llama_expert_config res;
+
+    for (const auto & [key, kv] : overrides) {
+        if (key.rfind("expert_cache.", 0) != 0) {
+            continue;
+        }
+        if (key == "expert_cache.budget") {
+            res.budget = override_str(kv);
+        } else if (key == "expert_cache.policy") {
+            const std::string value = override_str(kv);
+            if (value != "lru" && value != "lfu") {
+                throw std::runtime_error("unknown expert cache policy '" + value + "', use lfu or lru");
+            }
+            res.policy = value == "lru" ? LLAMA_EXPERT_POLICY_LRU : LLAMA_EXPERT_POLICY_LFU;
+        } else if (key == "expert_cache.io") {
+            const std::string value = override_str(kv);
+            if (value != "auto" && value != "direct" && value != "mmap") {
+                throw std::runtime_error("unknown expert cache read mode '" + value + "', use auto, direct or mmap");
+            }
+            res.io = value == "auto" ? LLAMA_EXPERT_IO_AUTO : value == "direct" ? LLAMA_EXPERT_IO_DIRECT : LLAMA_EXPERT_IO_MMAP;
+        } else if (key == "expert_cache.threads") {
+            if (kv.tag != LLAMA_KV_OVERRIDE_TYPE_INT || kv.val_i64 < 1 || kv.val_i64 > 64) {
+                throw std::runtime_error("expert_cache.threads must be an integer from 1 to 64");
+            }
+            res.n_threads = kv.val_i64;
+        } else {
+            throw std::runtime_error("unknown key " + key);
+        }
+    }
+    return res;
+}
+
+// "16s" -> 16 slots per layer; "880MiB", "1.5G", "922746880" -> bytes (K, M, G are powers of 1024, KB, MB, GB of 1000)
+struct budget_spec {
+    int    n_slots = 0;
+    size_t bytes   = 0;
+};
+
+static budget_spec parse_budget(const std::string & text) {
+    const auto bad = [&]() {
+        return std::runtime_error("expert cache budget '" + text + "' is not a size: use bytes as in 880MiB or 1.5G, slots per layer as in 16s, auto or off");
+    };
+    size_t pos = 0;
+    double value = 0;
+    try {
+        value = std::stod(text, &pos);
+    } catch (const std::exception &) {
+        throw bad();
+    }
+    if (!(value > 0) || value > 1e15) {
+        throw bad();
+    }
+    const std::string unit = text.substr(pos);
+    if (unit == "s") {
+        if (value != std::floor(value) || value > 1e6) {
+            throw bad();
+        }
+        return { (int) value, 0 };
+    }
+    static const std::map<std::string, double> units = {
+        { "", 1 }, { "B", 1 },
+        { "K", 1024 }, { "KiB", 1024 }, { "KB", 1e3 },
+        { "M", 1024*1024 }, { "MiB", 1024*1024 }, { "MB", 1e6 },
+        { "G", 1024.0*1024*1024 }, { "GiB", 1024.0*1024*1024 }, { "GB", 1e9 },
+    };
+    const auto it = units.find(unit);
+    if (it == units.end()) {
+        throw bad();
+    }
+    return { 0, (size_t) (value*it->second) };
+}
+
+//
+// free memory for "auto"
+//
+
+static bool read_number(const std::string & path, uint64_t & value) {
+    std::ifstream in(path);
+    return bool(in >> value); // "max" in cgroup v2 is no number: no limit
+}
+
+static uint64_t read_stat(const std::string & path, const std::string & key) {
+    std::ifstream in(path);
+    std::string name;
+    uint64_t value;
+    while (in >> name >> value) {
+        if (name == key) {
+            return value;
+        }
+    }
+    return 0;
+}
+
+// What this process may still take: the least of what the machine and the memory cgroups above us (v1 and v2) leave.
+// Page cache can be dropped, so only anonymous and shared memory counts as taken.
+static uint64_t memory_available() {
+    uint64_t res = UINT64_MAX;
+    {
+        std::ifstream in("/proc/meminfo");
+        std::string name, unit;
+        uint64_t value;
+        while (in >> name >> value) {
+            if (name == "MemAvailable:") {
+                res = value*1024;
+            }
+            std::getline(in, unit);
+        }
+    }
+
+    std::ifstream in("/proc/self/cgroup");
+    std::string line;
+    while (std::getline(in, line)) {
+        const size_t c1 = line.find(':');
+        const size_t c2 = line.find(':', c1 + 1);
+        if (c1 == std::string::npos || c2 == std::string::npos) {
+            continue;
+        }
+        const std::string controllers = line.substr(c1 + 1, c2 - c1 - 1);
+        const bool v2 = controllers.empty();
+        if (!v2 && controllers != "memory") {
+            continue;
+        }
+        const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+        for (std::string dir = line.substr(c2 + 1);; dir = dir.substr(0, dir.rfind('/'))) {
+            const std::string base = root + (dir == "/" ? "" : dir) + "/";
+            uint64_t limit = 0;
+            if (read_number(base + (v2 ? "memory.max" : "memory.limit_in_bytes"), limit)) {
+                const uint64_t taken = v2
+                    ? read_stat(base + "memory.stat", "anon")      + read_stat(base + "memory.stat", "shmem")
+                    : read_stat(base + "memory.stat", "total_rss") + read_stat(base + "memory.stat", "total_shmem");
+                res = std::min(res, limit > taken ? limit - taken : 0);
+            }
+            if (dir.empty() || dir == "/") {
+                break;
+            }
+        }
+    }
+    return res;
+}
+
+//
+// loading
+//
+
+bool llama_experts::takes(const std::string & name) {
+    static const char * suffixes[] = {
+        ".ffn_up_exps.weight",   ".ffn_gate_exps.weight",   ".ffn_down_exps.weight", ".ffn_gate_up_exps.weight",
+        ".ffn_up_chexps.weight", ".ffn_gate_chexps.weight", ".ffn_down_chexps.weight",
+    };
+    for (const char * suffix : suffixes) {
+        const size_t n = strlen(suffix);
+        if (name.size() > n && name.compare(name.size() - n, n, suffix) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static ggml_backend_reg_t cpu_reg() {
+    auto * dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!dev) {
+        throw std::runtime_error("no CPU backend found");
+    }
+    return ggml_backend_dev_backend_reg(dev);
+}
+
+ggml_backend_buffer_type_t llama_experts::buft() {
+    auto * fn = (decltype(ggml_backend_cpu_expert_buffer_type) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_buffer_type");
+    if (!fn) {
+        throw std::runtime_error("the CPU backend has no expert buffers");
+    }
+    return fn();
+}
+
+llama_experts::llama_experts(const llama_expert_config & config) : config(config) {
+    if (config.budget != "auto") {
+        parse_budget(config.budget); // a typo is said before the model is read
+    }
+}
+
+llama_experts::~llama_experts() {
+    cache.reset();
+#ifdef __linux__
+    if (range != nullptr) {
+        munmap(range, n_range);
+    }
+#endif
+}
+
+ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams) {
+    std::vector<int> fds;
+    for (const auto & file : ml.files) {
+        fds.push_back(file->file_id());
+    }
+    files = std::make_unique<llama_expert_files>(fds, config.io);
+
+    // one group per block and kind of expert ("exps", "chexps"), tensors in the order in which the graph uses them
+    static const char * order[] = { "ffn_up_", "ffn_gate_up_", "ffn_gate_", "ffn_down_" };
+
+    std::map<std::pair<int, std::string>, std::vector<std::pair<int, ggml_tensor *>>> blocks;
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
+        const std::string name = t->name;
+
+        int il = -1;
+        if (sscanf(name.c_str(), "blk.%d.", &il) != 1 || ggml_n_dims(t) > 3 || t->ne[2] < 1) {
+            throw std::runtime_error("expert tensor " + name + " has an unexpected name or shape");
+        }
+        const std::string kind = name.find("_chexps") != std::string::npos ? "chexps" : "exps";
+        for (int i = 0; i < 4; i++) {
+            if (name.find("." + std::string(order[i]) + kind) != std::string::npos) {
+                blocks[{ il, kind }].push_back({ i, t });
+            }
+        }
+        n_range += GGML_PAD(ggml_nbytes(t), LLAMA_EXPERT_IO_ALIGN);
+    }
+
+    // addresses for the tensors without memory behind them: whoever touches an expert past the cache is stopped at once
+#ifdef __linux__
+    range = mmap(nullptr, n_range, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED) {
+        range = nullptr;
+        throw std::runtime_error(format("cannot reserve %zu bytes of addresses for the experts", n_range));
+    }
+#endif
+
+    auto * buffer_fn = (decltype(ggml_backend_cpu_expert_buffer) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_buffer");
+    const ggml_cpu_expert_source source = { this, source_begin, source_next };
+    ggml_backend_buffer_ptr buf { buffer_fn(range, n_range, &source) };
+
+    std::vector<llama_expert_group_desc> groups;
+    size_t n_used = 0;
+    for (auto & [key, tensors] : blocks) {
+        std::sort(tensors.begin(), tensors.end());
+
+        llama_expert_group_desc desc;
+        desc.n_expert      = tensors[0].second->ne[2];
+        desc.n_expert_used = hparams.n_expert_used(key.first);
+        for (auto & [_, t] : tensors) {
+            if (t->ne[2] != desc.n_expert) {
+                throw std::runtime_error(format("tensor %s has %d experts, others of its block have %d", t->name, (int) t->ne[2], desc.n_expert));
+            }
+            places[t] = { (int) groups.size(), (int) desc.tensors.size() };
+
+            const auto & w = ml.require_weight(t->name);
+            desc.tensors.push_back({ t->name, w.idx, w.offs, t->nb[2] });
+
+            if (ggml_backend_tensor_alloc(buf.get(), t, (char *) range + n_used) != GGML_STATUS_SUCCESS) {
+                throw std::runtime_error(format("cannot place tensor %s", t->name));
+            }
+            n_used += GGML_PAD(ggml_nbytes(t), LLAMA_EXPERT_IO_ALIGN);
+        }
+        groups.push_back(std::move(desc));
+    }
+
+    cache = std::make_unique<llama_expert_cache>(*files, std::move(groups), config.policy, config.n_threads);
+
+    if (config.budget != "auto") {
+        const budget_spec spec = parse_budget(config.budget);
+
+        budget = spec.n_slots > 0 ? cache->bytes_for(std::min(spec.n_slots, cache->n_slots_max())) : spec.bytes;
+        if (budget < cache->bytes_floor()) {
+            throw std::runtime_error(format(
+                "the expert cache budget of %s (%.1f MiB) is below the floor of this model, %.1f MiB or %ds: %d of the %d experts of each of %d layers are used for every token",
+                config.budget.c_str(), budget/MiB, std::ceil(cache->bytes_floor()/MiB*10)/10, cache->n_slots_min(), cache->n_slots_min(), cache->n_slots_max(), cache->n_groups()));
+        }
+        allocate(spec.n_slots > 0 ? std::min(spec.n_slots, cache->n_slots_max()) : cache->n_slots_for(budget));
+    }
+    return buf.release();
+}
+
+void llama_experts::allocate(int n_slots) {
+    cache->allocate(n_slots);
+
+    LLAMA_LOG_INFO("%s: expert cache: %d slots of %d experts in each of %d layers, %.1f of %.1f MiB (budget %s, floor %.1f MiB, all experts %.1f MiB)\n", __func__,
+        n_slots, cache->n_slots_max(), cache->n_groups(), cache->bytes_for(n_slots)/MiB, budget/MiB, config.budget.c_str(),
+        cache->bytes_floor()/MiB, cache->bytes_experts()/MiB);
+    LLAMA_LOG_INFO("%s: expert cache: policy %s, %s reads with %d threads, plain kernels (experts are not repacked)\n", __func__,
+        llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads);
+}
+
+void llama_experts::on_context(size_t n_compute) {
+    if (cache->n_slots() > 0) {
+        return;
+    }
+    const uint64_t available = memory_available();
+
+    // room for what a process takes beside its buffers, and for the page cache of everyone else
+    const uint64_t reserve = std::max<uint64_t>(available/10, 128*1024*1024) + n_compute;
+
+    budget = available > reserve ? available - reserve : 0;
+    budget = std::min(budget, cache->bytes_for(cache->n_slots_max()));
+    if (budget < cache->bytes_floor()) {
+        throw std::runtime_error(format("the expert cache needs at least %.1f MiB and finds %.1f MiB: %.1f MiB are available, %.1f MiB of them reserved for compute buffers and others",
+            cache->bytes_floor()/MiB, budget/MiB, available/MiB, reserve/MiB));
+    }
+    LLAMA_LOG_INFO("%s: expert cache: auto chose %.1f MiB, %.1f MiB of memory are available, %.1f MiB are left for compute buffers and others\n", __func__,
+        budget/MiB, available/MiB, reserve/MiB);
+    allocate(cache->n_slots_for(budget));
+}
+
+//
+// ggml
+//
+
+void llama_experts::source_begin(void * user, const ggml_tensor * op, int n_threads) {
+    auto * self = (llama_experts *) user;
+
+    const ggml_tensor * ids = op->src[2];
+
+    // a view of a part of the experts has other addresses than the tensor: nothing in llama.cpp makes one
+    const auto it = self->places.find(op->src[0]);
+    GGML_ASSERT(it != self->places.end() && "MUL_MAT_ID on a view of an expert tensor");
+
+    self->cache->begin(it->second.group, it->second.tensor, (const char *) ids->data, ids->ne[0], ids->ne[1], ids->nb[0], ids->nb[1], n_threads);
+}
+
+int llama_experts::source_next(void * user, int ith, const void ** data) {
+    return ((llama_experts *) user)->cache->next(ith, data);
+}
+
+//
+// C API
+//
+
+bool llama_expert_cache_get_info(const llama_model * model, llama_expert_cache_info * info, size_t size) {
+    if (!model->experts || !model->experts->cache) {
+        return false;
+    }
+    const auto & experts = *model->experts;
+    const auto & cache   = *experts.cache;
+
+    llama_expert_cache_info res = {};
+    res.budget       = experts.budget;
+    res.used         = cache.n_slots() > 0 ? cache.bytes_for(cache.n_slots()) : 0;
+    res.floor        = cache.bytes_floor();
+    res.expert_bytes = cache.bytes_experts();
+    res.n_layers     = cache.n_groups();
+    res.n_slots      = cache.n_slots();
+    res.n_threads    = experts.config.n_threads;
+    res.policy       = llama_expert_policy_name(experts.config.policy);
+    res.io           = llama_expert_io_mode_name(experts.files->mode());
+    res.kernels      = "plain";
+    memcpy(info, &res, std::min(size, sizeof(res)));
+
+    return true;
+}
+
+bool llama_expert_cache_get_stats(const llama_model * model, int32_t il, llama_expert_cache_stats * stats, size_t size) {
+    if (!model->experts || !model->experts->cache || il >= model->experts->cache->n_groups()) {
+        return false;
+    }
+    const auto c = model->experts->cache->counters(il);
+
+    llama_expert_cache_stats res = {};
+    res.calls          = c.calls;
+    res.calls_streamed = c.calls_streamed;
+    res.hits           = c.hits;
+    res.misses         = c.misses;
+    res.evictions      = c.evictions;
+    res.bytes_demand   = c.bytes_demand;
+    res.bytes_prefetch = 0; // there is no prefetch yet
+    res.reads          = c.reads;
+    res.stall_ns       = c.stall_ns;
+    res.read_ns        = c.read_ns;
+    memcpy(stats, &res, std::min(size, sizeof(res)));
+
+    return true;
+}
+
+void llama_expert_cache_reset_stats(llama_model * model) {
+    if (model->experts && model->experts->cache) {
+        model->experts->cache->reset_counters();
+    }
+}
+
+const char * llama_expert_cache_last_error(const llama_model * model) {
+    return model->experts && model->experts->cache ? model->experts->cache->last_error() : "";
+}
+
+bool llama_expert_cache_flip_byte(llama_model * model, int32_t il) {
+    return model->experts && model->experts->cache && il >= 0 && il < model->experts->cache->n_groups() && model->experts->cache->flip_byte(il);
+}

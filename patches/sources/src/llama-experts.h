@@ -1,0 +1,75 @@
+#pragma once
+
+#include "llama-expert-cache.h"
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+struct llama_hparams;
+struct llama_model_kv_override;
+struct llama_model_loader;
+
+// The experts of one model that live in a cache: connects the loader, the MUL_MAT_ID of ggml-cpu and the cache.
+
+struct llama_expert_config {
+    std::string          budget = "off"; // as the user wrote it
+    llama_expert_policy  policy = LLAMA_EXPERT_POLICY_LFU;
+    llama_expert_io_mode io     = LLAMA_EXPERT_IO_AUTO;
+    int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
+
+    // the expert_cache.* keys of a model's overrides; throws std::runtime_error
+    static llama_expert_config from_overrides(const std::unordered_map<std::string, llama_model_kv_override> & overrides);
+
+    bool enabled() const { return budget != "off"; }
+};
+
+struct llama_experts {
+    explicit llama_experts(const llama_expert_config & config);
+    ~llama_experts();
+
+    llama_experts(const llama_experts &) = delete;
+    llama_experts & operator=(const llama_experts &) = delete;
+
+    // whether a tensor of the model file goes through the cache, by name
+    static bool takes(const std::string & name);
+
+    // buffer type of the tensors in the cache
+    static ggml_backend_buffer_type_t buft();
+
+    // give the tensors of ctx addresses that are never touched, and set up the cache on the files of the loader;
+    // throws std::runtime_error
+    ggml_backend_buffer_t load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams);
+
+    // a context was created: n_compute bytes of buffers are reserved but not yet touched
+    void on_context(size_t n_compute);
+
+    // hold the result while a graph runs
+    std::unique_lock<std::mutex> begin_graph() { return std::unique_lock<std::mutex>(cache->turn()); }
+
+    llama_expert_config config;
+    size_t              budget = 0; // bytes
+
+    std::unique_ptr<llama_expert_files> files; // outlives the cache
+    std::unique_ptr<llama_expert_cache> cache;
+
+private:
+    struct place {
+        int group;
+        int tensor;
+    };
+
+    std::unordered_map<const ggml_tensor *, place> places;
+
+    void * range   = nullptr; // reserved addresses
+    size_t n_range = 0;
+
+    void allocate(int n_slots);
+
+    static void source_begin(void * user, const ggml_tensor * op, int n_threads);
+    static int  source_next (void * user, int ith, const void ** data);
+};

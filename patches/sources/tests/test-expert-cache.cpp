@@ -1,0 +1,380 @@
+// Unit test of the expert cache: real files and real reads, no model.
+
+#include "../src/llama-expert-cache.h"
+
+#undef NDEBUG
+#include <algorithm>
+#include <cassert>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fcntl.h>
+#include <map>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static constexpr int N_LAYERS  = 3;
+static constexpr int N_TENSORS = 3;
+static constexpr int N_EXPERT  = 16;
+static constexpr int K         = 4;
+
+static uint8_t pattern(int layer, int tensor, int expert, size_t i) {
+    uint64_t x = (((uint64_t) layer*N_TENSORS + tensor)*N_EXPERT + expert)*0x9e3779b97f4a7c15ull + i*0xbf58476d1ce4e5b9ull;
+    return (uint8_t) (x >> 56) ^ (uint8_t) (x >> 24);
+}
+
+// a file with the expert tensors of a few layers, at odd offsets and of odd sizes unless aligned
+struct test_file {
+    std::string path;
+    std::vector<llama_expert_group_desc> groups;
+    std::vector<uint8_t> bytes;
+    int fd = -1;
+
+    explicit test_file(bool aligned) {
+        path = "test-expert-cache-" + std::to_string(getpid()) + ".bin";
+        bytes.assign(aligned ? 4096 : 1234, 0xee);
+        for (int il = 0; il < N_LAYERS; il++) {
+            llama_expert_group_desc g;
+            g.n_expert      = N_EXPERT;
+            g.n_expert_used = K;
+            for (int it = 0; it < N_TENSORS; it++) {
+                llama_expert_tensor_desc t;
+                t.name = "blk." + std::to_string(il) + ".t" + std::to_string(it);
+                t.offs = bytes.size();
+                t.size = aligned ? 8192*(it + 1) : 5000 + 3001*it + 96*il;
+                for (int e = 0; e < N_EXPERT; e++) {
+                    for (size_t i = 0; i < t.size; i++) {
+                        bytes.push_back(pattern(il, it, e, i));
+                    }
+                }
+                g.tensors.push_back(t);
+            }
+            groups.push_back(g);
+        }
+        write_out();
+        fd = open(path.c_str(), O_RDONLY);
+        assert(fd >= 0);
+    }
+
+    ~test_file() {
+        close(fd);
+        unlink(path.c_str());
+    }
+
+    void write_out() const {
+        FILE * f = fopen(path.c_str(), "r+b");
+        if (!f) {
+            f = fopen(path.c_str(), "w+b");
+        }
+        assert(f && fwrite(bytes.data(), 1, bytes.size(), f) == bytes.size());
+        fclose(f);
+    }
+};
+
+// run one op with n threads as ggml does; returns the experts that thread 0 got, or -2 at the end of a failed op
+static std::vector<int> run_op(llama_expert_cache & cache, const test_file & file, int il, int it, const std::vector<int32_t> & ids, int n_ids, int n_threads, int * n_wrong = nullptr) {
+    cache.begin(il, it, (const char *) ids.data(), n_ids, ids.size()/n_ids, sizeof(int32_t), n_ids*sizeof(int32_t), n_threads);
+
+    std::vector<std::vector<int>> got(n_threads);
+    std::atomic<int> wrong {0};
+
+    std::vector<std::thread> threads;
+    for (int ith = 0; ith < n_threads; ith++) {
+        threads.emplace_back([&, ith] {
+            const size_t size = file.groups[il].tensors[it].size;
+            while (true) {
+                const void * data = nullptr;
+                const int expert = cache.next(ith, &data);
+                if (expert == -2) {
+                    got[ith].push_back(-2);
+                }
+                if (expert < 0) {
+                    break;
+                }
+                got[ith].push_back(expert);
+                for (size_t i = 0; i < size; i++) {
+                    wrong += ((const uint8_t *) data)[i] != pattern(il, it, expert, i);
+                }
+            }
+        });
+    }
+    for (auto & t : threads) {
+        t.join();
+    }
+    if (n_wrong) {
+        *n_wrong = wrong;
+    } else {
+        assert(wrong == 0);
+    }
+    const bool failed = got[0].empty() || got[0].back() == -2;
+    if (!failed) {
+        const std::set<int> needed(ids.begin(), ids.end());
+        for (auto & g : got) {
+            assert(g.size() == needed.size()); // every expert once
+            assert(std::set<int>(g.begin(), g.end()) == needed);
+        }
+    }
+    return got[0];
+}
+
+static void run_call(llama_expert_cache & cache, const test_file & file, int il, const std::vector<int32_t> & ids, int n_ids, int n_threads) {
+    for (int it = 0; it < N_TENSORS; it++) {
+        run_op(cache, file, il, it, ids, n_ids, n_threads);
+    }
+}
+
+// routing with locality: a token keeps some experts of the one before it
+struct router {
+    std::mt19937 rng;
+    std::vector<std::vector<int>> last { N_LAYERS };
+
+    explicit router(int seed) : rng(seed) {}
+
+    std::vector<int32_t> token(int il) {
+        std::vector<int32_t> res;
+        for (const int e : last[il]) {
+            if (rng() % 2) {
+                res.push_back(e);
+            }
+        }
+        while (res.size() < K) {
+            const int e = rng() % N_EXPERT;
+            if (std::find(res.begin(), res.end(), e) == res.end()) {
+                res.push_back(e);
+            }
+        }
+        std::shuffle(res.begin(), res.end(), rng);
+        last[il].assign(res.begin(), res.end());
+        return res;
+    }
+};
+
+// event-atomic LRU as a list, most recent last: hits are refreshed first, then misses come in
+struct reference_lru {
+    size_t n_slots;
+    std::vector<int> order;
+    uint64_t hits = 0, misses = 0;
+
+    void event(const std::vector<int32_t> & ids) {
+        std::vector<int> hit, miss;
+        for (const int e : ids) {
+            (std::find(order.begin(), order.end(), e) != order.end() ? hit : miss).push_back(e);
+        }
+        for (const int e : hit) {
+            order.erase(std::find(order.begin(), order.end(), e));
+            order.push_back(e);
+        }
+        for (const int e : miss) {
+            if (order.size() == n_slots) {
+                order.erase(order.begin());
+            }
+            order.push_back(e);
+        }
+        hits   += hit.size();
+        misses += miss.size();
+    }
+};
+
+static void test_decode(const test_file & file, llama_expert_io_mode io) {
+    for (const auto policy : { LLAMA_EXPERT_POLICY_LRU, LLAMA_EXPERT_POLICY_LFU }) {
+        for (const int n_slots : { K, 6, 9, N_EXPERT }) {
+            for (const int n_threads : { 1, 3 }) {
+                llama_expert_files files({ file.fd }, io);
+                llama_expert_cache cache(files, file.groups, policy, 3);
+                cache.allocate(n_slots);
+
+                router route(n_slots*10 + n_threads);
+                std::vector<reference_lru> ref(N_LAYERS, { (size_t) n_slots, {}, 0, 0 });
+                std::vector<std::set<int>> last(N_LAYERS);
+
+                for (int t = 0; t < 40; t++) {
+                    for (int il = 0; il < N_LAYERS; il++) {
+                        const auto ids  = route.token(il);
+                        const auto before = cache.counters(il);
+                        run_call(cache, file, il, ids, K, n_threads);
+                        const auto after = cache.counters(il);
+
+                        ref[il].event(ids);
+
+                        // the lemma: with C >= K everything the last token used is there, and nothing else if C == K
+                        const uint64_t hits = after.hits - before.hits;
+                        const uint64_t kept = std::count_if(ids.begin(), ids.end(), [&](int e) { return last[il].count(e) > 0; });
+                        assert(hits >= kept);
+                        assert(n_slots != K || hits == kept);
+                        assert(after.hits - before.hits + after.misses - before.misses == K);
+                        last[il] = std::set<int>(ids.begin(), ids.end());
+                    }
+                }
+                for (int il = 0; il < N_LAYERS; il++) {
+                    const auto c = cache.counters(il);
+                    if (policy == LLAMA_EXPERT_POLICY_LRU) {
+                        assert(c.hits == ref[il].hits && c.misses == ref[il].misses);
+                    }
+                    size_t size = 0;
+                    for (const auto & t : file.groups[il].tensors) {
+                        size += t.size;
+                    }
+                    assert(c.reads == c.misses*N_TENSORS && c.bytes_demand == c.misses*size);
+                    assert(c.calls == 40 && c.calls_streamed == 0);
+                    assert(c.evictions == (c.misses > (uint64_t) n_slots ? c.misses - n_slots : 0) || n_slots == N_EXPERT);
+                    assert(n_slots == N_EXPERT || c.evictions > 0);
+                }
+            }
+        }
+    }
+}
+
+static void test_prefill(const test_file & file, llama_expert_io_mode io) {
+    for (const auto policy : { LLAMA_EXPERT_POLICY_LRU, LLAMA_EXPERT_POLICY_LFU }) {
+        for (const int n_slots : { K, 5, 8, 12, N_EXPERT }) {
+            for (const int n_readers : { 1, 4 }) {
+                llama_expert_files files({ file.fd }, io);
+                llama_expert_cache cache(files, file.groups, policy, n_readers);
+                cache.allocate(n_slots);
+
+                router route(n_slots + n_readers);
+                std::mt19937 rng(7);
+                for (int call = 0; call < 24; call++) {
+                    const int n_tokens = call % 3 == 0 ? 1 : 1 + rng() % 40;
+                    for (int il = 0; il < N_LAYERS; il++) {
+                        std::vector<int32_t> ids;
+                        for (int t = 0; t < n_tokens; t++) {
+                            const auto token = route.token(il);
+                            ids.insert(ids.end(), token.begin(), token.end());
+                        }
+                        const size_t n_needed = std::set<int>(ids.begin(), ids.end()).size();
+
+                        const auto before = cache.counters(il);
+                        run_call(cache, file, il, ids, K, 1 + call % 3);
+                        const auto after = cache.counters(il);
+
+                        // each slice at most once per call
+                        assert(after.reads - before.reads == (after.misses - before.misses)*N_TENSORS);
+                        assert(after.hits - before.hits + after.misses - before.misses == n_needed);
+                        assert((after.calls_streamed > before.calls_streamed) == (n_needed > (size_t) n_slots));
+                    }
+                }
+            }
+        }
+    }
+}
+
+// a graph that is cut off between the ops of a call leaves nothing wrong behind
+static void test_cut(const test_file & file, llama_expert_io_mode io) {
+    llama_expert_files files({ file.fd }, io);
+    llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LFU, 2);
+    cache.allocate(6);
+
+    router route(3);
+    std::mt19937 rng(5);
+    for (int call = 0; call < 100; call++) {
+        std::vector<int32_t> ids;
+        for (int t = 0; t < 1 + (int) (rng() % 12); t++) {
+            const auto token = route.token(0);
+            ids.insert(ids.end(), token.begin(), token.end());
+        }
+        const int n_ops = 1 + rng() % N_TENSORS;
+        for (int it = 0; it < n_ops; it++) {
+            run_op(cache, file, 0, it, ids, K, 2);
+        }
+    }
+}
+
+static void test_fault(test_file & file, llama_expert_io_mode io) {
+    llama_expert_files files({ file.fd }, io);
+    llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 3);
+    cache.allocate(6);
+
+    const auto & last = file.groups[N_LAYERS - 1].tensors[N_TENSORS - 1];
+    const int il = N_LAYERS - 1;
+
+    std::vector<int32_t> most; // decode and, with all experts, a streamed call
+    for (int e = 0; e < N_EXPERT; e++) {
+        most.push_back(e);
+    }
+    for (const auto & ids : { std::vector<int32_t> { 12, 13, 14, 15 }, most }) {
+        // what is in a slot needs no read
+        run_call(cache, file, il, { 0, 1, 2, 3 }, K, 2);
+        run_call(cache, file, il, { 4, 5, 6, 7 }, K, 2);
+
+        assert(truncate(file.path.c_str(), last.offs + 14*last.size + 100) == 0);
+        for (int round = 0; round < 3; round++) {
+            // the first tensors are whole, the last one has lost two experts
+            run_op(cache, file, il, 0, ids, K, 2);
+            run_op(cache, file, il, 1, ids, K, 2);
+            assert(run_op(cache, file, il, 2, ids, K, 2).back() == -2);
+
+            const std::string err = cache.last_error();
+            assert(err.find(file.path) != std::string::npos);
+            assert(err.find(last.name) != std::string::npos);
+            assert(err.find("expert 14") != std::string::npos || err.find("expert 15") != std::string::npos);
+            assert(err.find("the file ends") != std::string::npos);
+        }
+        file.write_out();
+        run_call(cache, file, il, ids, K, 2); // the fault is gone
+    }
+}
+
+static void test_flip(const test_file & file, llama_expert_io_mode io) {
+    llama_expert_files files({ file.fd }, io);
+    llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 2);
+    cache.allocate(8);
+
+    assert(!cache.flip_byte(0));
+
+    const std::vector<int32_t> ids = { 3, 1, 4, 5 };
+    run_call(cache, file, 0, ids, K, 1);
+    assert(cache.flip_byte(0));
+
+    int n_wrong = 0;
+    run_op(cache, file, 0, 0, ids, K, 1, &n_wrong);
+    assert(n_wrong == 1);
+}
+
+static void test_budget(const test_file & file, llama_expert_io_mode io) {
+    llama_expert_files files({ file.fd }, io);
+    llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 2);
+
+    assert(cache.n_slots_min() == K && cache.n_slots_max() == N_EXPERT);
+    assert(cache.n_slots_for(cache.bytes_floor() - 1) == 0);
+    assert(cache.n_slots_for(cache.bytes_floor()) == K);
+    for (int n = K; n < N_EXPERT; n++) {
+        assert(cache.bytes_for(n) < cache.bytes_for(n + 1));
+        assert(cache.n_slots_for(cache.bytes_for(n + 1) - 1) == n);
+    }
+    assert(cache.n_slots_for(cache.bytes_for(N_EXPERT)*10) == N_EXPERT);
+
+    auto groups = file.groups;
+    groups[0].tensors[0].offs = file.bytes.size() - 100;
+    bool refused = false;
+    try {
+        llama_expert_cache bad(files, groups, LLAMA_EXPERT_POLICY_LRU, 2);
+    } catch (const std::runtime_error &) {
+        refused = true;
+    }
+    assert(refused);
+}
+
+int main() {
+    setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
+
+    for (const auto io : { LLAMA_EXPERT_IO_DIRECT, LLAMA_EXPERT_IO_MMAP }) {
+        for (const bool aligned : { false, true }) {
+            test_file file(aligned);
+
+            printf("%s, %s\n", llama_expert_io_mode_name(io), aligned ? "aligned" : "not aligned");
+            test_budget (file, io);
+            test_decode (file, io);
+            test_prefill(file, io);
+            test_cut    (file, io);
+            test_flip   (file, io);
+            test_fault  (file, io);
+        }
+    }
+    printf("OK\n");
+
+    return 0;
+}
