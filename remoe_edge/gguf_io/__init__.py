@@ -1,0 +1,1 @@
+"""Reading, changing and comparing GGUF files that may come from strangers."""

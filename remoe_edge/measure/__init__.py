@@ -1,0 +1,1 @@
+"""Decode runs, and what they cost in time, memory and reads."""

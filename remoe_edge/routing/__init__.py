@@ -1,0 +1,1 @@
+"""Routing traces: reading and writing them, simulating caches on them, and models that replay them."""

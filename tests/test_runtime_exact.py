@@ -1,0 +1,126 @@
+"""The promise of the cache: logits equal to the bit, with the cache on and off, in decode and in prefill."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from remoe_edge.runtime.llama import CacheConfig, Logits, Model, Session, load_model
+from tests.tiny_models import write_tiny_model
+
+pytestmark = pytest.mark.runtime
+
+N_EXPERT, K = 16, 3
+N_DECODE = 16
+
+MODELS = [
+    ("qwen3moe", "F32", False),
+    ("qwen3moe", "Q4_0", False),
+    ("qwen3moe", "Q4_K", False),
+    ("qwen3moe", "MXFP4", False),
+    ("qwen2moe", "Q4_0", False),
+    ("olmoe", "Q4_K", False),
+    ("deepseek2", "Q4_0", False),
+    ("deepseek2", "F32", True),
+    ("deepseek2", "Q4_K", True),
+    ("gpt-oss", "MXFP4", False),
+]
+
+SHAPES = [
+    # ubatch, prompt tokens: an ubatch of 1 is decode, the larger ones need more experts than there are slots
+    (1, 10),
+    (7, 30),
+    (64, 150),
+    (512, 150),
+]
+
+BUDGETS = {"floor": K, "1/4": N_EXPERT // 4, "1/2": N_EXPERT // 2, "all": N_EXPERT}
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}{'-fused' if p[2] else ''}")
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    arch, quant, fused = request.param
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_tiny_model(path, arch, quant=quant, fused=fused, n_expert=N_EXPERT, k=K, seed=7)
+    return path
+
+
+def tokens(n: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(3).integers(5, 60, n)]
+
+
+def evaluate(session: Session, prefill: int) -> Logits:
+    """Logits of every prompt token and of the tokens decoded after it, [prefill + N_DECODE, n_vocab]."""
+    session.decode(tokens(prefill), all_logits=True)
+    rows = [session.all_logits()]
+    for _ in range(N_DECODE):
+        session.decode([int(rows[-1][-1].argmax())])
+        rows.append(session.logits()[None])
+    return np.concatenate(rows)
+
+
+def evaluate_all(model: Model) -> dict[tuple[int, int, int], tuple[Logits, int, int]]:
+    """By threads, ubatch and prompt: logits, evictions, streamed calls."""
+    results = {}
+    for threads, (ubatch, prefill) in itertools.product((1, 2), SHAPES):
+        with model.session(n_ctx=512, n_ubatch=ubatch, n_threads=threads) as session:
+            model.reset_stats()
+            logits = evaluate(session, prefill)
+            stats = model.stats()
+            results[threads, ubatch, prefill] = (
+                logits,
+                stats.evictions if stats else 0,
+                stats.calls_streamed if stats else 0,
+            )
+    return results
+
+
+def same_bits(a: Logits, b: Logits) -> bool:
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def test_logits_are_equal_to_the_bit(model: Path) -> None:
+    """Every budget, read mode and policy against the same kernels without the cache."""
+    with load_model(model, None, mmap=False, repack=False) as resident:
+        assert resident.kernels == "plain"
+        reference = evaluate_all(resident)
+    for logits, _, _ in reference.values():
+        assert np.isfinite(logits).all()
+        assert len(np.unique(logits.argmax(axis=1))) > 1, "a model that always says the same shows nothing"
+
+    for budget, io, policy in itertools.product(BUDGETS, ("direct", "mmap"), ("lfu", "lru")):
+        with load_model(model, CacheConfig(f"{BUDGETS[budget]}s", policy, io), repack=False) as cached:
+            info = cached.info()
+            assert info
+            assert (info.n_slots, info.policy, info.io, info.kernels) == (BUDGETS[budget], policy, io, "plain")
+            for shape, (logits, evictions, streamed) in evaluate_all(cached).items():
+                case = (*shape, budget, io, policy)
+                assert same_bits(reference[shape][0], logits), case
+                assert (evictions > 0) == (budget != "all"), case
+                assert (streamed > 0) == (budget != "all" and shape[1] >= 64) or shape[1] == 7, case
+
+
+def test_one_wrong_byte_shows(model: Path) -> None:
+    """The comparison above can fail: one inverted byte in one slot of a layer, in a run with evictions."""
+    decoded = tokens(20)
+    with load_model(model, CacheConfig(f"{N_EXPERT // 2}s"), repack=False) as cached:
+        logits = []
+        for flip in (False, True):
+            with cached.session(n_ctx=512, n_threads=1) as session:
+                rows = []
+                for token in [*decoded, *decoded[-1:] * 8]:
+                    session.decode([token])
+                    rows.append(session.logits())
+                    info = cached.info()
+                    assert info
+                    if flip and len(rows) >= len(decoded):
+                        # The expert that the policy values most is the likeliest one for the same token again.
+                        assert all([cached.flip_byte(layer) for layer in range(info.n_layers)])
+                logits.append(np.stack(rows))
+        stats = cached.stats()
+        assert stats
+        assert stats.evictions > 0
+    n = len(decoded)
+    assert same_bits(logits[0][:n], logits[1][:n])
+    assert not same_bits(logits[0][n:], logits[1][n:])

@@ -1,0 +1,124 @@
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remoe_edge.commands.simulate import command
+from remoe_edge.errors import RemoeError
+from remoe_edge.routing.policies import POLICIES, Event
+from remoe_edge.routing.simulate import simulate, simulate_layer
+from remoe_edge.routing.trace import NOT_COMPUTED, Trace, packaged_trace
+
+events_strategy = st.integers(1, 4).flatmap(
+    lambda k: st.lists(st.permutations(range(8)).map(lambda experts: tuple(experts[:k])), min_size=1, max_size=40)
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "slots", "hits"),
+    [
+        # Of 38272 uses: 43.4, 59.6, 69.6 and 79.3 %.
+        ("lru", 8, 16600),
+        ("lru", 16, 22810),
+        ("lru", 24, 26642),
+        ("lru", 32, 30343),
+        # 43.4, 61.9, 73.3 and 82.2 %.
+        ("lfu", 8, 16600),
+        ("lfu", 16, 23708),
+        ("lfu", 24, 28054),
+        ("lfu", 32, 31460),
+        # 43.4, 72.3, 83.3 and 89.9 %.
+        ("belady", 8, 16600),
+        ("belady", 16, 27671),
+        ("belady", 24, 31880),
+        ("belady", 32, 34400),
+    ],
+)
+def test_hits_on_the_packaged_trace(policy: str, slots: int, hits: int) -> None:
+    row = simulate(packaged_trace(), slots, policy)
+    assert (row.hits, row.misses) == (hits, 299 * 16 * 8 - hits)
+    # Every layer fills its slots once, and each later miss evicts.
+    assert row.evictions == row.misses - 16 * slots
+    assert row.hit_rate == hits / (299 * 16 * 8)
+    assert row.reuse_rate == pytest.approx(0.43519, abs=1e-5)
+
+
+def replay(events: list[Event], slots: int, policy: str) -> list[int]:
+    """Hits of each event."""
+    totals = [simulate_layer(events[:n], slots, POLICIES[policy](events)).hits for n in range(len(events) + 1)]
+    return np.diff(totals).tolist()
+
+
+@given(events=events_strategy, extra=st.integers(0, 5), policy=st.sampled_from(sorted(POLICIES)))
+def test_hits_are_at_least_the_overlap_with_the_token_before(events: list[Event], extra: int, policy: str) -> None:
+    overlaps = [0] + [len(set(now) & set(before)) for before, now in pairwise(events)]
+    hits = replay(events, len(events[0]) + extra, policy)
+    if extra:
+        assert all(hit >= overlap for hit, overlap in zip(hits, overlaps, strict=True))
+    else:
+        assert hits == overlaps
+
+
+@given(events=events_strategy, extra=st.integers(0, 5))
+def test_no_policy_beats_belady(events: list[Event], extra: int) -> None:
+    hits = {
+        name: simulate_layer(events, len(events[0]) + extra, policy(events)).hits for name, policy in POLICIES.items()
+    }
+    assert max(hits.values()) == hits["belady"]
+
+
+def test_lru_order_within_a_token() -> None:
+    # At the second token 1 is a hit and 2 a miss, so 1 is older than 2 although the router ranked 2 first.
+    events = [(0, 1), (2, 1), (3, 4), (1,)]
+    assert simulate_layer(events[:3], 3, POLICIES["lru"](events)).evictions == 2
+    # The third token evicts 0 for 3, then 1 for 4.
+    assert replay(events, 3, "lru")[3] == 0
+    assert replay([*events[:3], (2,)], 3, "lru")[3] == 1
+
+
+def test_decayed_frequency_remembers_evicted_experts() -> None:
+    # 3 evicts 0; when 0 is back, its past makes it worth more than 1, so that 6 evicts 1 and 0 is a hit at the end.
+    events = [*[(0, 1)] * 4, (2, 3), (4, 0), (5, 6), (0, 7)]
+    assert replay(events, 3, "lfu") == [0, 2, 2, 2, 0, 0, 0, 1]
+
+
+def test_layers_that_were_not_computed_are_no_events() -> None:
+    ids = np.full((3, 1, 1), 5, "u2")
+    ids[1] = NOT_COMPUTED
+    row = simulate(Trace(ids=ids, offs=np.array([0, 3]), meta={"experts": 8}), 1, "lru")
+    assert (row.hits, row.misses, row.reuse_rate) == (1, 1, None)
+    ids[:] = NOT_COMPUTED
+    with pytest.raises(RemoeError, match="no layer was computed"):
+        simulate(Trace(ids=ids, offs=np.array([0, 3]), meta={"experts": 8}), 1, "lru")
+
+
+def test_slots_for_less_than_a_token_are_refused() -> None:
+    with pytest.raises(RemoeError, match="7 slots per layer cannot hold the 8 experts of one token; use 8 or more"):
+        simulate(packaged_trace(), 7, "lru")
+
+
+def test_command_prints_rows_as_json() -> None:
+    result = CliRunner().invoke(command, ["--slots", "16", "--slots", "24", "--policy", "lru", "--json"])
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)
+    assert [(row["slots"], row["policy"], row["misses"]) for row in rows] == [(16, "lru", 15462), (24, "lru", 11630)]
+    assert rows[0]["hit_rate"] == pytest.approx(0.596, abs=5e-4)
+    assert rows[0]["reuse_rate"] == pytest.approx(0.435, abs=5e-4)
+
+
+def test_command_prints_a_table() -> None:
+    result = CliRunner().invoke(command, ["--slots", "16"])
+    assert result.exit_code == 0
+    assert "top 8 of 64 experts, reuse rate 43.5%" in result.stdout
+    for cell in ("lru", "59.6%", "lfu", "61.9%", "belady", "72.3%", "22810", "15462"):
+        assert cell in result.stdout
+
+
+def test_command_refuses_an_unknown_policy() -> None:
+    result = CliRunner().invoke(command, ["--policy", "fifo"])
+    assert result.exit_code == 2
+    assert "'fifo' is not one of" in result.stderr
