@@ -32,7 +32,7 @@ void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, c
 }
 
 void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, const std::string & key, int64_t value) {
-    auto & kv = find_or_add(overrides, key);
+    auto & kv  = find_or_add(overrides, key);
     kv.tag     = LLAMA_KV_OVERRIDE_TYPE_INT;
     kv.val_i64 = value;
 }

@@ -21,53 +21,53 @@
 extern "C" {
 #endif
 
-    // what was decided at load; a text field is valid as long as the model
-    struct llama_expert_cache_info {
-        uint64_t budget;        // bytes asked for (or derived from "auto")
-        uint64_t used;          // bytes taken by slots and metadata, <= budget
-        uint64_t floor;         // least budget that can work, in bytes
-        uint64_t expert_bytes;  // bytes of all expert weights in the file
-        uint32_t n_layers;      // MoE layers (expert groups)
-        uint32_t n_slots;       // slots per layer
-        uint32_t n_threads;     // reader threads
-        const char * policy;    // "lru", "lfu"
-        const char * io;        // "direct", "mmap"
-        const char * kernels;   // "plain": expert weights are used as they are in the file, not repacked
-    };
+// what was decided at load; a text field is valid as long as the model
+struct llama_expert_cache_info {
+    uint64_t     budget;        // bytes asked for (or derived from "auto")
+    uint64_t     used;          // bytes taken by slots and metadata, <= budget
+    uint64_t     floor;         // least budget that can work, in bytes
+    uint64_t     expert_bytes;  // bytes of all expert weights in the file
+    uint32_t     n_layers;      // MoE layers (expert groups)
+    uint32_t     n_slots;       // slots per layer
+    uint32_t     n_threads;     // reader threads
+    const char * policy;    // "lru", "lfu"
+    const char * io;        // "direct", "mmap"
+    const char * kernels;   // "plain": expert weights are used as they are in the file, not repacked
+};
 
-    // counters since load or the last reset
-    struct llama_expert_cache_stats {
-        uint64_t calls;             // MoE layer evaluations
-        uint64_t calls_streamed;    // of these, evaluations that needed more experts than there are slots
-        uint64_t hits;              // distinct experts of a call found in a slot
-        uint64_t misses;            // distinct experts of a call read from storage
-        uint64_t evictions;         // experts that lost their slot
-        uint64_t bytes_demand;      // bytes of expert weights read because a call needed them
-        uint64_t bytes_prefetch;    // bytes of expert weights read ahead of their call
-        uint64_t reads;             // read requests
-        uint64_t stall_ns;          // time compute waited with no expert ready
-        uint64_t read_ns;           // sum over readers of the time spent in reads
-    };
+// counters since load or the last reset
+struct llama_expert_cache_stats {
+    uint64_t calls;             // MoE layer evaluations
+    uint64_t calls_streamed;    // of these, evaluations that needed more experts than there are slots
+    uint64_t hits;              // distinct experts of a call found in a slot
+    uint64_t misses;            // distinct experts of a call read from storage
+    uint64_t evictions;         // experts that lost their slot
+    uint64_t bytes_demand;      // bytes of expert weights read because a call needed them
+    uint64_t bytes_prefetch;    // bytes of expert weights read ahead of their call
+    uint64_t reads;             // read requests
+    uint64_t stall_ns;          // time compute waited with no expert ready
+    uint64_t read_ns;           // sum over readers of the time spent in reads
+};
 
-    // false if the model has no expert cache; size is sizeof(*info), so that the struct can grow
-    LLAMA_API bool llama_expert_cache_get_info (const struct llama_model * model, struct llama_expert_cache_info * info, size_t size);
+// false if the model has no expert cache; size is sizeof(*info), so that the struct can grow
+LLAMA_API bool llama_expert_cache_get_info(const struct llama_model * model, struct llama_expert_cache_info * info, size_t size);
 
-    // counters of MoE layer il in [0, n_layers), or of all layers for il < 0; false if there is no such layer
-    LLAMA_API bool llama_expert_cache_get_stats(const struct llama_model * model, int32_t il, struct llama_expert_cache_stats * stats, size_t size);
+// counters of MoE layer il in [0, n_layers), or of all layers for il < 0; false if there is no such layer
+LLAMA_API bool llama_expert_cache_get_stats(const struct llama_model * model, int32_t il, struct llama_expert_cache_stats * stats, size_t size);
 
-    LLAMA_API void llama_expert_cache_reset_stats(struct llama_model * model);
+LLAMA_API void llama_expert_cache_reset_stats(struct llama_model * model);
 
-    // the last failed read, with file, tensor, expert and offset; "" if there was none
-    LLAMA_API const char * llama_expert_cache_last_error(const struct llama_model * model);
+// the last failed read, with file, tensor, expert and offset; "" if there was none
+LLAMA_API const char * llama_expert_cache_last_error(const struct llama_model * model);
 
-    // for tests: invert one byte of one slot of MoE layer il that holds an expert; false if there is none
-    LLAMA_API bool llama_expert_cache_flip_byte(struct llama_model * model, int32_t il);
+// for tests: invert one byte of one slot of MoE layer il that holds an expert; false if there is none
+LLAMA_API bool llama_expert_cache_flip_byte(struct llama_model * model, int32_t il);
 
-    // record the expert ids that every MoE layer chooses in this context into an .npz routing trace:
-    // ids [tokens, layers, k] uint16 (65535: not computed, as for prompt tokens in the last layer), offs [2], meta.
-    // The file appears whole when the recording is stopped or the context is freed.
-    LLAMA_API bool llama_expert_trace_start(struct llama_context * ctx, const char * path);
-    LLAMA_API bool llama_expert_trace_stop (struct llama_context * ctx);
+// record the expert ids that every MoE layer chooses in this context into an .npz routing trace:
+// ids [tokens, layers, k] uint16 (65535: not computed, as for prompt tokens in the last layer), offs [2], meta.
+// The file appears whole when the recording is stopped or the context is freed.
+LLAMA_API bool llama_expert_trace_start(struct llama_context * ctx, const char * path);
+LLAMA_API bool llama_expert_trace_stop(struct llama_context * ctx);
 
 #ifdef __cplusplus
 }

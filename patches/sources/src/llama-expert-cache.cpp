@@ -31,23 +31,23 @@ static size_t slot_stride(const llama_expert_tensor_desc & desc) {
 }
 
 llama_expert_cache::llama_expert_cache(
-        const llama_expert_files & files,
-        std::vector<llama_expert_group_desc> descs,
-        llama_expert_policy policy,
-        int n_readers) : files(files), policy(policy), n_readers(n_readers) {
+    const llama_expert_files &           files,
+    std::vector<llama_expert_group_desc> descs,
+    llama_expert_policy                  policy,
+    int                                  n_readers) : files(files), policy(policy), n_readers(n_readers) {
     for (auto & desc : descs) {
         for (const auto & t : desc.tensors) {
             // the ends were checked when the file was opened, a file from a stranger may still lie about products
             if (t.size == 0 || desc.n_expert <= 0 || t.size > files.size(t.file) / desc.n_expert ||
-                    t.offs > files.size(t.file) - t.size*desc.n_expert) {
+                t.offs > files.size(t.file) - t.size * desc.n_expert) {
                 throw std::runtime_error("tensor " + t.name + " does not lie within " + files.name(t.file));
             }
         }
         groups.emplace_back();
         group & g = groups.back();
         g.slot_of.assign(desc.n_expert, -1);
-        g.slot   .assign(desc.n_expert, -1);
-        g.used   .resize(desc.n_expert);
+        g.slot.assign(desc.n_expert, -1);
+        g.used.resize(desc.n_expert);
         for (const auto & t : desc.tensors) {
             g.tensors.emplace_back();
             g.tensors.back().desc   = t;
@@ -94,13 +94,13 @@ int llama_expert_cache::n_slots_max() const {
 }
 
 size_t llama_expert_cache::bytes_for(int n_slots) const {
-    size_t res = sizeof(*this) + n_readers*(64*1024); // what a reader thread touches of its stack
+    size_t res = sizeof(*this) + n_readers * (64 * 1024); // what a reader thread touches of its stack
     for (const auto & g : groups) {
         const int n = std::min(n_slots, g.desc.n_expert);
 
-        res += sizeof(g) + g.desc.n_expert*(sizeof(usage) + 5*sizeof(int)) + n*2*sizeof(int);
+        res += sizeof(g) + g.desc.n_expert * (sizeof(usage) + 5 * sizeof(int)) + n * 2 * sizeof(int);
         for (const auto & t : g.tensors) {
-            res += sizeof(t) + n*(t.stride + sizeof(slice) + sizeof(request)) + LLAMA_EXPERT_IO_ALIGN;
+            res += sizeof(t) + n * (t.stride + sizeof(slice) + sizeof(request)) + LLAMA_EXPERT_IO_ALIGN;
         }
     }
     return res;
@@ -110,7 +110,7 @@ size_t llama_expert_cache::bytes_experts() const {
     size_t res = 0;
     for (const auto & g : groups) {
         for (const auto & t : g.tensors) {
-            res += g.desc.n_expert*t.desc.size;
+            res += g.desc.n_expert * t.desc.size;
         }
     }
     return res;
@@ -133,7 +133,7 @@ void llama_expert_cache::allocate(int n_slots) {
 
         g.expert_of.assign(n, -1);
         for (auto & t : g.tensors) {
-            t.n_arena = n*t.stride;
+            t.n_arena = n * t.stride;
 #ifdef __linux__
             // pages are taken when a slot is first filled
             void * addr = mmap(nullptr, t.n_arena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -164,8 +164,8 @@ bool llama_expert_cache::less_valuable(const group & g, int a, int b) const {
     const usage & ub = g.used[b];
 
     if (policy == LLAMA_EXPERT_POLICY_LFU) {
-        const double sa = ua.score*std::exp2(-(double) (g.time - ua.time)/LFU_HALF_LIFE);
-        const double sb = ub.score*std::exp2(-(double) (g.time - ub.time)/LFU_HALF_LIFE);
+        const double sa = ua.score * std::exp2(-(double) (g.time - ua.time) / LFU_HALF_LIFE);
+        const double sb = ub.score * std::exp2(-(double) (g.time - ub.time) / LFU_HALF_LIFE);
         if (sa != sb) {
             return sa < sb;
         }
@@ -184,9 +184,9 @@ void llama_expert_cache::touch(group & g, const id_view & ids) {
                     continue;
                 }
                 usage & u = g.used[expert];
-                u.score = 1.0 + u.score*std::exp2(-(double) (g.time - u.time)/LFU_HALF_LIFE);
-                u.time  = g.time;
-                u.seq   = ++g.seq;
+                u.score   = 1.0 + u.score * std::exp2(-(double) (g.time - u.time) / LFU_HALF_LIFE);
+                u.time    = g.time;
+                u.seq     = ++g.seq;
             }
         }
     }
@@ -262,8 +262,8 @@ void llama_expert_cache::start_call(std::unique_lock<std::mutex> & lock, int ig,
     if (counting) {
         g.counters.calls++;
         g.counters.calls_streamed += g.streamed;
-        g.counters.hits           += g.needed.size() - g.misses.size();
-        g.counters.misses         += g.misses.size();
+        g.counters.hits += g.needed.size() - g.misses.size();
+        g.counters.misses += g.misses.size();
 
         const size_t n_free = std::count(g.expert_of.begin(), g.expert_of.end(), -1);
         g.counters.evictions += g.misses.size() - std::min(n_free, g.misses.size());
@@ -318,7 +318,7 @@ void llama_expert_cache::plan_streamed(int ig) {
 
     // at least as many slots in the ring as keep the readers busy while compute holds one
     const int n_slots = g.expert_of.size();
-    const int n_ring  = std::min(n_slots, std::max(n_slots/2, n_readers + 1));
+    const int n_ring  = std::min(n_slots, std::max(n_slots / 2, n_readers + 1));
 
     // the policy's choice among all experts, needed or there
     std::vector<int> best = g.misses;
@@ -330,7 +330,7 @@ void llama_expert_cache::plan_streamed(int ig) {
     std::sort(best.begin(), best.end(), [&](int a, int b) { return less(b, a); });
 
     std::vector<bool> keep(n_slots, false);
-    int n_keep = 0;
+    int               n_keep = 0;
     for (int i = 0; i < (int) best.size() && i < n_slots && n_keep < n_slots - n_ring; i++) {
         if (g.slot_of[best[i]] != -1) {
             keep[g.slot_of[best[i]]] = true;
@@ -370,7 +370,7 @@ void llama_expert_cache::plan_streamed(int ig) {
 
 // queue the reads whose slots the threads have left
 void llama_expert_cache::issue_streamed(int ig, int it) {
-    group  & g = groups[ig];
+    group &  g = groups[ig];
     tensor & t = g.tensors[it];
 
     while (t.n_issued < g.misses.size()) {
@@ -386,7 +386,7 @@ void llama_expert_cache::issue_streamed(int ig, int it) {
 void llama_expert_cache::begin(int ig, int it, const char * data, int64_t n_ids, int64_t n_tokens, size_t stride_id, size_t stride_token, int n_threads) {
     std::unique_lock<std::mutex> lock(mutex);
 
-    group  & g = groups[ig];
+    group &  g = groups[ig];
     tensor & t = g.tensors[it];
 
     const id_view ids = { data, n_ids, n_tokens, stride_id, stride_token };
@@ -431,7 +431,7 @@ void llama_expert_cache::begin(int ig, int it, const char * data, int64_t n_ids,
             failed = failed || s.state == SLICE_FAILED;
         }
     }
-    op_ready .store(n_ready);
+    op_ready.store(n_ready);
     op_failed.store(failed);
 }
 
@@ -445,7 +445,7 @@ int llama_expert_cache::next(int ith, const void ** data) {
         return -1;
     }
 
-    const group  & g = groups[op_group];
+    const group &  g = groups[op_group];
     const tensor & t = g.tensors[op_tensor];
 
     if (c.pos >= op_ready.load(std::memory_order_acquire)) {
@@ -463,7 +463,7 @@ int llama_expert_cache::next(int ith, const void ** data) {
 
     const int expert = op_order[c.pos++];
 
-    *data = t.arena + g.slot[expert]*t.stride + (t.desc.offs + expert*t.desc.size) % LLAMA_EXPERT_IO_ALIGN;
+    *data = t.arena + g.slot[expert] * t.stride + (t.desc.offs + expert * t.desc.size) % LLAMA_EXPERT_IO_ALIGN;
 
     return expert;
 }
@@ -473,7 +473,7 @@ void llama_expert_cache::leave(int expert) {
     std::lock_guard<std::mutex> lock(mutex);
 
     const group & g = groups[op_group];
-    slice & s = groups[op_group].tensors[op_tensor].slices[g.slot[expert]];
+    slice &       s = groups[op_group].tensors[op_tensor].slices[g.slot[expert]];
 
     if (s.busy && ++s.n_left == op_threads) {
         s.busy = false;
@@ -498,15 +498,15 @@ void llama_expert_cache::reader_main() {
         const request r = queue.front();
         queue.pop_front();
 
-        group  & g = groups[r.group];
+        group &  g = groups[r.group];
         tensor & t = g.tensors[r.tensor];
 
-        const size_t offs = t.desc.offs + r.expert*t.desc.size;
+        const size_t offs = t.desc.offs + r.expert * t.desc.size;
 
         lock.unlock();
-        const uint64_t t_start = now_ns();
-        const std::string err  = files.read(t.desc.file, offs, t.desc.size, t.arena + r.slot*t.stride);
-        const uint64_t t_read  = now_ns() - t_start;
+        const uint64_t    t_start = now_ns();
+        const std::string err     = files.read(t.desc.file, offs, t.desc.size, t.arena + r.slot * t.stride);
+        const uint64_t    t_read  = now_ns() - t_start;
         lock.lock();
 
         slice & s = t.slices[r.slot];
@@ -518,11 +518,11 @@ void llama_expert_cache::reader_main() {
             if (counting) {
                 g.counters.reads++;
                 g.counters.bytes_demand += t.desc.size;
-                g.counters.read_ns      += t_read;
+                g.counters.read_ns += t_read;
             }
             if (in_op) {
                 const size_t n_ready = op_ready.load();
-                op_order[n_ready] = r.expert;
+                op_order[n_ready]    = r.expert;
                 op_ready.store(n_ready + 1, std::memory_order_release);
             }
         } else {
@@ -555,15 +555,15 @@ llama_expert_counters llama_expert_cache::counters(int il) const {
             continue;
         }
         const auto & c = groups[i].counters;
-        res.calls          += c.calls;
+        res.calls += c.calls;
         res.calls_streamed += c.calls_streamed;
-        res.hits           += c.hits;
-        res.misses         += c.misses;
-        res.evictions      += c.evictions;
-        res.bytes_demand   += c.bytes_demand;
-        res.reads          += c.reads;
-        res.stall_ns       += c.stall_ns;
-        res.read_ns        += c.read_ns;
+        res.hits += c.hits;
+        res.misses += c.misses;
+        res.evictions += c.evictions;
+        res.bytes_demand += c.bytes_demand;
+        res.reads += c.reads;
+        res.stall_ns += c.stall_ns;
+        res.read_ns += c.read_ns;
     }
     return res;
 }
@@ -602,9 +602,9 @@ bool llama_expert_cache::flip_byte(int il) {
     if (best == -1) {
         return false;
     }
-    const tensor & t = g.tensors[0];
-    uint8_t * data = t.arena + g.slot_of[best]*t.stride + (t.desc.offs + best*t.desc.size) % LLAMA_EXPERT_IO_ALIGN;
-    data[t.desc.size/2 + 3] ^= 0xff;
+    const tensor & t    = g.tensors[0];
+    uint8_t *      data = t.arena + g.slot_of[best] * t.stride + (t.desc.offs + best * t.desc.size) % LLAMA_EXPERT_IO_ALIGN;
+    data[t.desc.size / 2 + 3] ^= 0xff;
 
     return true;
 }

@@ -76,13 +76,13 @@ class llama_expert_cache {
 public:
     // files must outlive the cache. No slot exists before allocate().
     llama_expert_cache(
-            const llama_expert_files & files,
-            std::vector<llama_expert_group_desc> groups,
-            llama_expert_policy policy,
-            int n_readers);
+        const llama_expert_files &           files,
+        std::vector<llama_expert_group_desc> groups,
+        llama_expert_policy                  policy,
+        int                                  n_readers);
     ~llama_expert_cache();
 
-    llama_expert_cache(const llama_expert_cache &) = delete;
+    llama_expert_cache(const llama_expert_cache &)             = delete;
     llama_expert_cache & operator=(const llama_expert_cache &) = delete;
 
     // bytes that n_slots slots per layer take, metadata included
@@ -101,7 +101,7 @@ public:
 
     void allocate(int n_slots); // throws std::runtime_error
 
-    int n_slots()  const { return slots_per_layer; }
+    int n_slots() const { return slots_per_layer; }
     int n_groups() const { return (int) groups.size(); }
 
     // held while a graph runs
@@ -120,7 +120,7 @@ public:
 
     // il < 0: all layers
     llama_expert_counters counters(int il) const;
-    void reset_counters();
+    void                  reset_counters();
 
     // text of the last failed read, "" if there was none; the pointer holds until the next call
     const char * last_error() const;
@@ -145,10 +145,10 @@ private:
 
     struct tensor {
         llama_expert_tensor_desc desc;
-        size_t    stride = 0; // bytes of a slot
-        uint8_t * arena  = nullptr;
-        size_t    n_arena = 0;
-        size_t    n_issued = 0; // streaming: misses whose read was queued
+        size_t                   stride   = 0; // bytes of a slot
+        uint8_t *                arena    = nullptr;
+        size_t                   n_arena  = 0;
+        size_t                   n_issued = 0; // streaming: misses whose read was queued
 
         std::vector<slice> slices; // [n_slots]
     };
@@ -162,13 +162,13 @@ private:
 
     struct group {
         llama_expert_group_desc desc;
-        std::vector<tensor> tensors;
+        std::vector<tensor>     tensors;
 
         std::vector<int>   slot_of;   // [n_expert], -1: not in a slot
         std::vector<int>   expert_of; // [n_slots],  -1: free
         std::vector<usage> used;      // [n_expert]
-        uint64_t seq  = 0;
-        uint64_t time = 0; // tokens seen
+        uint64_t           seq  = 0;
+        uint64_t           time = 0; // tokens seen
 
         int  n_loading = 0;     // slices queued or being read
         bool dirty     = false; // slices of a slot may disagree: a call was streamed, or a read failed
@@ -178,8 +178,8 @@ private:
         std::vector<int> slot;    // [n_expert] slot of a needed expert in this call
         std::vector<int> misses;  // in the order in which they are read
         std::vector<int> ring;    // streaming: slots that the misses pass through
-        uint64_t tensors_done = 0; // bit per tensor
-        bool     streamed     = false;
+        uint64_t         tensors_done = 0; // bit per tensor
+        bool             streamed     = false;
 
         llama_expert_counters counters;
     };
@@ -202,7 +202,7 @@ private:
 
     int slots_per_layer = 0;
 
-    std::atomic<bool> counting {true};
+    std::atomic<bool> counting{ true };
 
     std::vector<group> groups;
 
@@ -220,24 +220,24 @@ private:
     mutable std::string error_out; // what last_error() has handed out
 
     // the current op
-    int                 op_group   = -1;
-    int                 op_tensor  = -1;
-    int                 op_threads = 0;
+    int                 op_group    = -1;
+    int                 op_tensor   = -1;
+    int                 op_threads  = 0;
     bool                op_streamed = false;
     std::vector<int>    op_order;      // experts in the order in which they became ready, room for all
-    std::atomic<size_t> op_ready {0};  // of these, how many are ready
-    std::atomic<bool>   op_failed {false};
+    std::atomic<size_t> op_ready{ 0 };  // of these, how many are ready
+    std::atomic<bool>   op_failed{ false };
     std::vector<cursor> op_cursors;    // [n_threads]
 
     // ids of an op as the graph stores them, possibly a strided view
     struct id_view {
         const char * data;
-        int64_t n_ids;
-        int64_t n_tokens;
-        size_t  stride_id;
-        size_t  stride_token;
+        int64_t      n_ids;
+        int64_t      n_tokens;
+        size_t       stride_id;
+        size_t       stride_token;
 
-        int at(int64_t it, int64_t ik) const { return *(const int32_t *) (data + it*stride_token + ik*stride_id); }
+        int at(int64_t it, int64_t ik) const { return *(const int32_t *) (data + it * stride_token + ik * stride_id); }
     };
 
     // all of these are called with the mutex held

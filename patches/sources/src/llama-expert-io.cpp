@@ -17,9 +17,9 @@
 
 const char * llama_expert_io_mode_name(llama_expert_io_mode mode) {
     switch (mode) {
-        case LLAMA_EXPERT_IO_AUTO:   return "auto";
+        case LLAMA_EXPERT_IO_AUTO: return "auto";
         case LLAMA_EXPERT_IO_DIRECT: return "direct";
-        case LLAMA_EXPERT_IO_MMAP:   return "mmap";
+        case LLAMA_EXPERT_IO_MMAP: return "mmap";
     }
     return "unknown";
 }
@@ -59,7 +59,7 @@ static std::string read_at_least(int fd, bool direct, uint8_t * dst, size_t size
 }
 
 llama_expert_files::llama_expert_files(const std::vector<int> & fds, llama_expert_io_mode mode) : io_mode(mode) {
-    bool direct = mode != LLAMA_EXPERT_IO_MMAP;
+    bool        direct = mode != LLAMA_EXPERT_IO_MMAP;
     std::string why;
 
     for (const int fd : fds) {
@@ -69,9 +69,9 @@ llama_expert_files::llama_expert_files(const std::vector<int> & fds, llama_exper
         // the link in /proc names the open file itself, whatever has happened to its path since
         const std::string link = "/proc/self/fd/" + std::to_string(fd);
 
-        char name[4096];
+        char          name[4096];
         const ssize_t n = readlink(link.c_str(), name, sizeof(name));
-        file.name = n > 0 ? std::string(name, n) : link;
+        file.name       = n > 0 ? std::string(name, n) : link;
 
         file.fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
 
@@ -85,7 +85,7 @@ llama_expert_files::llama_expert_files(const std::vector<int> & fds, llama_exper
             file.fd_direct = open(link.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
             if (file.fd_direct < 0) {
                 direct = false;
-                why = file.name + ": " + strerror(errno);
+                why    = file.name + ": " + strerror(errno);
             }
         }
     }
@@ -96,7 +96,7 @@ llama_expert_files::llama_expert_files(const std::vector<int> & fds, llama_exper
         for (const auto & file : files) {
             if (probe == MAP_FAILED || pread(file.fd_direct, probe, LLAMA_EXPERT_IO_ALIGN, 0) <= 0) {
                 direct = false;
-                why = file.name + ": " + strerror(errno);
+                why    = file.name + ": " + strerror(errno);
                 break;
             }
         }
@@ -166,7 +166,7 @@ llama_expert_files::llama_expert_files(const std::vector<int> &, llama_expert_io
 llama_expert_files::~llama_expert_files() = default;
 
 std::string llama_expert_files::read_direct(const llama_expert_file &, size_t, size_t, uint8_t *) const { return "not supported"; }
-std::string llama_expert_files::read_mmap  (const llama_expert_file &, size_t, size_t, uint8_t *) const { return "not supported"; }
-std::string llama_expert_files::read       (int, size_t, size_t, uint8_t *)                       const { return "not supported"; }
+std::string llama_expert_files::read_mmap(const llama_expert_file &, size_t, size_t, uint8_t *) const { return "not supported"; }
+std::string llama_expert_files::read(int, size_t, size_t, uint8_t *) const { return "not supported"; }
 
 #endif

@@ -32,7 +32,7 @@ struct llama_expert_files {
     llama_expert_files(const std::vector<int> & fds, llama_expert_io_mode mode);
     ~llama_expert_files();
 
-    llama_expert_files(const llama_expert_files &) = delete;
+    llama_expert_files(const llama_expert_files &)             = delete;
     llama_expert_files & operator=(const llama_expert_files &) = delete;
 
     llama_expert_io_mode mode() const { return io_mode; }
@@ -55,5 +55,5 @@ private:
     llama_expert_io_mode io_mode;
 
     std::string read_direct(const llama_expert_file & file, size_t offs, size_t size, uint8_t * dst) const;
-    std::string read_mmap  (const llama_expert_file & file, size_t offs, size_t size, uint8_t * dst) const;
+    std::string read_mmap(const llama_expert_file & file, size_t offs, size_t size, uint8_t * dst) const;
 };

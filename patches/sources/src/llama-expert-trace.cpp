@@ -41,7 +41,7 @@ static uint32_t crc32_update(uint32_t crc, const void * data, size_t size) {
 
 static void put(std::string & out, uint64_t value, int n_bytes) {
     for (int i = 0; i < n_bytes; i++) {
-        out += (char) (value >> 8*i);
+        out += (char) (value >> 8 * i);
     }
 }
 
@@ -134,7 +134,7 @@ void llama_expert_trace::fail(const std::string & text) {
 bool llama_expert_trace::eval_callback(ggml_tensor * t, bool ask, void * user_data) {
     auto * self = (llama_expert_trace *) user_data;
 
-    int il = -1;
+    int        il   = -1;
     const bool mine = sscanf(t->name, "ffn_moe_topk-%d", &il) == 1;
 
     if (ask) {
@@ -148,7 +148,7 @@ bool llama_expert_trace::eval_callback(ggml_tensor * t, bool ask, void * user_da
         std::vector<int32_t>  row(n_ids);
         std::vector<uint16_t> ids;
         for (int64_t i = 0; i < n_row; i++) {
-            ggml_backend_tensor_get(t, row.data(), i*t->nb[1], n_ids*sizeof(int32_t));
+            ggml_backend_tensor_get(t, row.data(), i * t->nb[1], n_ids * sizeof(int32_t));
             ids.insert(ids.end(), row.begin(), row.end());
         }
         if (self->n_ids == 0) {
@@ -188,12 +188,12 @@ void llama_expert_trace::end_ubatch(const llama_ubatch & ubatch) {
         offs.push_back(n_tokens);
     }
 
-    const size_t n_rows = ubatch.n_tokens;
-    std::vector<uint16_t> out(n_rows*n_layers*n_ids, NOT_COMPUTED);
+    const size_t          n_rows = ubatch.n_tokens;
+    std::vector<uint16_t> out(n_rows * n_layers * n_ids, NOT_COMPUTED);
 
     int i_layer = 0;
     for (const auto & [il, ids] : chosen) {
-        const size_t n_computed = ids.size()/n_ids;
+        const size_t n_computed = ids.size() / n_ids;
 
         // the last layer is evaluated for the tokens whose logits are wanted only
         size_t i_row = 0;
@@ -201,7 +201,7 @@ void llama_expert_trace::end_ubatch(const llama_ubatch & ubatch) {
             if (n_computed < n_rows && !ubatch.output[it]) {
                 continue;
             }
-            memcpy(&out[(it*n_layers + i_layer)*n_ids], &ids[i_row*n_ids], n_ids*sizeof(uint16_t));
+            memcpy(&out[(it * n_layers + i_layer) * n_ids], &ids[i_row * n_ids], n_ids * sizeof(uint16_t));
             i_row++;
         }
         i_layer++;
@@ -226,10 +226,10 @@ bool llama_expert_trace::finish() {
 
     // ids: the header, then the checksum over what is in the file
     {
-        zip_entry & e = entries[0];
+        zip_entry &       e      = entries[0];
         const std::string header = npy_header("<u2", std::to_string(n_tokens) + ", " + std::to_string(n_layers) + ", " + std::to_string(n_ids));
 
-        e.size = header.size() + (uint64_t) n_tokens*n_layers*n_ids*sizeof(uint16_t);
+        e.size = header.size() + (uint64_t) n_tokens * n_layers * n_ids * sizeof(uint16_t);
         if (e.size >= 0xffffffffu) {
             fail("more than 4 GiB");
             return false;
@@ -249,7 +249,7 @@ bool llama_expert_trace::finish() {
     }
 
     const auto add = [&](const std::string & name, const std::string & data) {
-        zip_entry e = { name, (uint64_t) ftell(file), data.size(), crc32_update(0, data.data(), data.size()) };
+        zip_entry         e   = { name, (uint64_t) ftell(file), data.size(), crc32_update(0, data.data(), data.size()) };
         const std::string out = zip_local(e) + data;
         fwrite(out.data(), 1, out.size(), file);
         entries.push_back(e);
@@ -300,9 +300,9 @@ bool llama_expert_trace::finish() {
 #ifndef _WIN32
     ok = ok && fsync(fileno(file)) == 0;
 #endif
-    ok = fclose(file) == 0 && ok;
+    ok   = fclose(file) == 0 && ok;
     file = nullptr;
-    ok = ok && rename(path_tmp.c_str(), path.c_str()) == 0;
+    ok   = ok && rename(path_tmp.c_str(), path.c_str()) == 0;
     if (!ok) {
         fail(strerror(errno));
         remove(path_tmp.c_str());

@@ -19,7 +19,7 @@ struct llama_expert_trace {
     llama_expert_trace(const std::string & path, const std::string & model, int n_expert, ggml_backend_sched_eval_callback cb_next, void * cb_next_user_data);
     ~llama_expert_trace(); // discards what is not finished
 
-    llama_expert_trace(const llama_expert_trace &) = delete;
+    llama_expert_trace(const llama_expert_trace &)             = delete;
     llama_expert_trace & operator=(const llama_expert_trace &) = delete;
 
     static bool eval_callback(ggml_tensor * t, bool ask, void * user_data);
@@ -33,7 +33,7 @@ struct llama_expert_trace {
 
     // the callback that was there before
     const ggml_backend_sched_eval_callback cb_next;
-    void * const cb_next_user_data;
+    void * const                           cb_next_user_data;
 
 private:
     static constexpr uint16_t NOT_COMPUTED = 0xffff;

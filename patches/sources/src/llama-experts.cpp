@@ -22,7 +22,7 @@
 #include <sys/mman.h>
 #endif
 
-static constexpr double MiB = 1024.0*1024.0;
+static constexpr double MiB = 1024.0 * 1024.0;
 
 //
 // configuration
@@ -55,7 +55,8 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
             if (value != "auto" && value != "direct" && value != "mmap") {
                 throw std::runtime_error("unknown expert cache read mode '" + value + "', use auto, direct or mmap");
             }
-            res.io = value == "auto" ? LLAMA_EXPERT_IO_AUTO : value == "direct" ? LLAMA_EXPERT_IO_DIRECT : LLAMA_EXPERT_IO_MMAP;
+            res.io = value == "auto" ? LLAMA_EXPERT_IO_AUTO : value == "direct" ? LLAMA_EXPERT_IO_DIRECT
+                                                                                : LLAMA_EXPERT_IO_MMAP;
         } else if (key == "expert_cache.threads") {
             if (kv.tag != LLAMA_KV_OVERRIDE_TYPE_INT || kv.val_i64 < 1 || kv.val_i64 > 64) {
                 throw std::runtime_error("expert_cache.threads must be an integer from 1 to 64");
@@ -78,7 +79,7 @@ static budget_spec parse_budget(const std::string & text) {
     const auto bad = [&]() {
         return std::runtime_error("expert cache budget '" + text + "' is not a size: use bytes as in 880MiB or 1.5G, slots per layer as in 16s, auto or off");
     };
-    size_t pos = 0;
+    size_t pos   = 0;
     double value = 0;
     try {
         value = std::stod(text, &pos);
@@ -96,16 +97,23 @@ static budget_spec parse_budget(const std::string & text) {
         return { (int) value, 0 };
     }
     static const std::map<std::string, double> units = {
-        { "", 1 }, { "B", 1 },
-        { "K", 1024 }, { "KiB", 1024 }, { "KB", 1e3 },
-        { "M", 1024*1024 }, { "MiB", 1024*1024 }, { "MB", 1e6 },
-        { "G", 1024.0*1024*1024 }, { "GiB", 1024.0*1024*1024 }, { "GB", 1e9 },
+        { "",    1                    },
+        { "B",   1                    },
+        { "K",   1024                 },
+        { "KiB", 1024                 },
+        { "KB",  1e3                  },
+        { "M",   1024 * 1024          },
+        { "MiB", 1024 * 1024          },
+        { "MB",  1e6                  },
+        { "G",   1024.0 * 1024 * 1024 },
+        { "GiB", 1024.0 * 1024 * 1024 },
+        { "GB",  1e9                  },
     };
     const auto it = units.find(unit);
     if (it == units.end()) {
         throw bad();
     }
-    return { 0, (size_t) (value*it->second) };
+    return { 0, (size_t) (value * it->second) };
 }
 
 //
@@ -119,8 +127,8 @@ static bool read_number(const std::string & path, uint64_t & value) {
 
 static uint64_t read_stat(const std::string & path, const std::string & key) {
     std::ifstream in(path);
-    std::string name;
-    uint64_t value;
+    std::string   name;
+    uint64_t      value;
     while (in >> name >> value) {
         if (name == key) {
             return value;
@@ -135,18 +143,18 @@ static uint64_t memory_available() {
     uint64_t res = UINT64_MAX;
     {
         std::ifstream in("/proc/meminfo");
-        std::string name, unit;
-        uint64_t value;
+        std::string   name, unit;
+        uint64_t      value;
         while (in >> name >> value) {
             if (name == "MemAvailable:") {
-                res = value*1024;
+                res = value * 1024;
             }
             std::getline(in, unit);
         }
     }
 
     std::ifstream in("/proc/self/cgroup");
-    std::string line;
+    std::string   line;
     while (std::getline(in, line)) {
         const size_t c1 = line.find(':');
         const size_t c2 = line.find(':', c1 + 1);
@@ -154,19 +162,19 @@ static uint64_t memory_available() {
             continue;
         }
         const std::string controllers = line.substr(c1 + 1, c2 - c1 - 1);
-        const bool v2 = controllers.empty();
+        const bool        v2          = controllers.empty();
         if (!v2 && controllers != "memory") {
             continue;
         }
         const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
         for (std::string dir = line.substr(c2 + 1);; dir = dir.substr(0, dir.rfind('/'))) {
-            const std::string base = root + (dir == "/" ? "" : dir) + "/";
-            uint64_t limit = 0;
+            const std::string base  = root + (dir == "/" ? "" : dir) + "/";
+            uint64_t          limit = 0;
             if (read_number(base + (v2 ? "memory.max" : "memory.limit_in_bytes"), limit)) {
                 const uint64_t taken = v2
-                    ? read_stat(base + "memory.stat", "anon")      + read_stat(base + "memory.stat", "shmem")
+                    ? read_stat(base + "memory.stat", "anon") + read_stat(base + "memory.stat", "shmem")
                     : read_stat(base + "memory.stat", "total_rss") + read_stat(base + "memory.stat", "total_shmem");
-                res = std::min(res, limit > taken ? limit - taken : 0);
+                res                  = std::min(res, limit > taken ? limit - taken : 0);
             }
             if (dir.empty() || dir == "/") {
                 break;
@@ -182,8 +190,13 @@ static uint64_t memory_available() {
 
 bool llama_experts::takes(const std::string & name) {
     static const char * suffixes[] = {
-        ".ffn_up_exps.weight",   ".ffn_gate_exps.weight",   ".ffn_down_exps.weight", ".ffn_gate_up_exps.weight",
-        ".ffn_up_chexps.weight", ".ffn_gate_chexps.weight", ".ffn_down_chexps.weight",
+        ".ffn_up_exps.weight",
+        ".ffn_gate_exps.weight",
+        ".ffn_down_exps.weight",
+        ".ffn_gate_up_exps.weight",
+        ".ffn_up_chexps.weight",
+        ".ffn_gate_chexps.weight",
+        ".ffn_down_chexps.weight",
     };
     for (const char * suffix : suffixes) {
         const size_t n = strlen(suffix);
@@ -261,12 +274,12 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
     }
 #endif
 
-    auto * buffer_fn = (decltype(ggml_backend_cpu_expert_buffer) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_buffer");
-    const ggml_cpu_expert_source source = { this, source_begin, source_next };
-    ggml_backend_buffer_ptr buf { buffer_fn(range, n_range, &source) };
+    auto *                       buffer_fn = (decltype(ggml_backend_cpu_expert_buffer) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_buffer");
+    const ggml_cpu_expert_source source    = { this, source_begin, source_next };
+    ggml_backend_buffer_ptr      buf{ buffer_fn(range, n_range, &source) };
 
     std::vector<llama_expert_group_desc> groups;
-    size_t n_used = 0;
+    size_t                               n_used = 0;
     for (auto & [key, tensors] : blocks) {
         std::sort(tensors.begin(), tensors.end());
 
@@ -299,7 +312,7 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
         if (budget < cache->bytes_floor()) {
             throw std::runtime_error(format(
                 "the expert cache budget of %s (%.1f MiB) is below the floor of this model, %.1f MiB or %ds: %d of the %d experts of each of %d layers are used for every token",
-                config.budget.c_str(), budget/MiB, std::ceil(cache->bytes_floor()/MiB*10)/10, cache->n_slots_min(), cache->n_slots_min(), cache->n_slots_max(), cache->n_groups()));
+                config.budget.c_str(), budget / MiB, std::ceil(cache->bytes_floor() / MiB * 10) / 10, cache->n_slots_min(), cache->n_slots_min(), cache->n_slots_max(), cache->n_groups()));
         }
         allocate(spec.n_slots > 0 ? std::min(spec.n_slots, cache->n_slots_max()) : cache->n_slots_for(budget));
     }
@@ -310,8 +323,8 @@ void llama_experts::allocate(int n_slots) {
     cache->allocate(n_slots);
 
     LLAMA_LOG_INFO("%s: expert cache: %d slots of %d experts in each of %d layers, %.1f of %.1f MiB (budget %s, floor %.1f MiB, all experts %.1f MiB)\n", __func__,
-        n_slots, cache->n_slots_max(), cache->n_groups(), cache->bytes_for(n_slots)/MiB, budget/MiB, config.budget.c_str(),
-        cache->bytes_floor()/MiB, cache->bytes_experts()/MiB);
+        n_slots, cache->n_slots_max(), cache->n_groups(), cache->bytes_for(n_slots) / MiB, budget / MiB, config.budget.c_str(),
+        cache->bytes_floor() / MiB, cache->bytes_experts() / MiB);
     LLAMA_LOG_INFO("%s: expert cache: policy %s, %s reads with %d threads, plain kernels (experts are not repacked)\n", __func__,
         llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads);
 }
@@ -323,16 +336,16 @@ void llama_experts::on_context(size_t n_compute) {
     const uint64_t available = memory_available();
 
     // room for what a process takes beside its buffers, and for the page cache of everyone else
-    const uint64_t reserve = std::max<uint64_t>(available/10, 128*1024*1024) + n_compute;
+    const uint64_t reserve = std::max<uint64_t>(available / 10, 128 * 1024 * 1024) + n_compute;
 
     budget = available > reserve ? available - reserve : 0;
     budget = std::min(budget, cache->bytes_for(cache->n_slots_max()));
     if (budget < cache->bytes_floor()) {
         throw std::runtime_error(format("the expert cache needs at least %.1f MiB and finds %.1f MiB: %.1f MiB are available, %.1f MiB of them reserved for compute buffers and others",
-            cache->bytes_floor()/MiB, budget/MiB, available/MiB, reserve/MiB));
+            cache->bytes_floor() / MiB, budget / MiB, available / MiB, reserve / MiB));
     }
     LLAMA_LOG_INFO("%s: expert cache: auto chose %.1f MiB, %.1f MiB of memory are available, %.1f MiB are left for compute buffers and others\n", __func__,
-        budget/MiB, available/MiB, reserve/MiB);
+        budget / MiB, available / MiB, reserve / MiB);
     allocate(cache->n_slots_for(budget));
 }
 
@@ -368,16 +381,16 @@ bool llama_expert_cache_get_info(const llama_model * model, llama_expert_cache_i
     const auto & cache   = *experts.cache;
 
     llama_expert_cache_info res = {};
-    res.budget       = experts.budget;
-    res.used         = cache.n_slots() > 0 ? cache.bytes_for(cache.n_slots()) : 0;
-    res.floor        = cache.bytes_floor();
-    res.expert_bytes = cache.bytes_experts();
-    res.n_layers     = cache.n_groups();
-    res.n_slots      = cache.n_slots();
-    res.n_threads    = experts.config.n_threads;
-    res.policy       = llama_expert_policy_name(experts.config.policy);
-    res.io           = llama_expert_io_mode_name(experts.files->mode());
-    res.kernels      = "plain";
+    res.budget                  = experts.budget;
+    res.used                    = cache.n_slots() > 0 ? cache.bytes_for(cache.n_slots()) : 0;
+    res.floor                   = cache.bytes_floor();
+    res.expert_bytes            = cache.bytes_experts();
+    res.n_layers                = cache.n_groups();
+    res.n_slots                 = cache.n_slots();
+    res.n_threads               = experts.config.n_threads;
+    res.policy                  = llama_expert_policy_name(experts.config.policy);
+    res.io                      = llama_expert_io_mode_name(experts.files->mode());
+    res.kernels                 = "plain";
     memcpy(info, &res, std::min(size, sizeof(res)));
 
     return true;
@@ -390,16 +403,16 @@ bool llama_expert_cache_get_stats(const llama_model * model, int32_t il, llama_e
     const auto c = model->experts->cache->counters(il);
 
     llama_expert_cache_stats res = {};
-    res.calls          = c.calls;
-    res.calls_streamed = c.calls_streamed;
-    res.hits           = c.hits;
-    res.misses         = c.misses;
-    res.evictions      = c.evictions;
-    res.bytes_demand   = c.bytes_demand;
-    res.bytes_prefetch = 0; // there is no prefetch yet
-    res.reads          = c.reads;
-    res.stall_ns       = c.stall_ns;
-    res.read_ns        = c.read_ns;
+    res.calls                    = c.calls;
+    res.calls_streamed           = c.calls_streamed;
+    res.hits                     = c.hits;
+    res.misses                   = c.misses;
+    res.evictions                = c.evictions;
+    res.bytes_demand             = c.bytes_demand;
+    res.bytes_prefetch           = 0; // there is no prefetch yet
+    res.reads                    = c.reads;
+    res.stall_ns                 = c.stall_ns;
+    res.read_ns                  = c.read_ns;
     memcpy(stats, &res, std::min(size, sizeof(res)));
 
     return true;

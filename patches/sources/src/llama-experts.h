@@ -17,9 +17,9 @@ struct llama_model_loader;
 // The experts of one model that live in a cache: connects the loader, the MUL_MAT_ID of ggml-cpu and the cache.
 
 struct llama_expert_config {
-    std::string          budget = "off"; // as the user wrote it
-    llama_expert_policy  policy = LLAMA_EXPERT_POLICY_LFU;
-    llama_expert_io_mode io     = LLAMA_EXPERT_IO_AUTO;
+    std::string          budget    = "off"; // as the user wrote it
+    llama_expert_policy  policy    = LLAMA_EXPERT_POLICY_LFU;
+    llama_expert_io_mode io        = LLAMA_EXPERT_IO_AUTO;
     int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
 
     // the expert_cache.* keys of a model's overrides; throws std::runtime_error
@@ -32,7 +32,7 @@ struct llama_experts {
     explicit llama_experts(const llama_expert_config & config);
     ~llama_experts();
 
-    llama_experts(const llama_experts &) = delete;
+    llama_experts(const llama_experts &)             = delete;
     llama_experts & operator=(const llama_experts &) = delete;
 
     // whether a tensor of the model file goes through the cache, by name
@@ -71,5 +71,5 @@ private:
     void allocate(int n_slots);
 
     static void source_begin(void * user, const ggml_tensor * op, int n_threads);
-    static int  source_next (void * user, int ith, const void ** data);
+    static int  source_next(void * user, int ith, const void ** data);
 };

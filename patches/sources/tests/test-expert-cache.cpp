@@ -22,16 +22,16 @@ static constexpr int N_EXPERT  = 16;
 static constexpr int K         = 4;
 
 static uint8_t pattern(int layer, int tensor, int expert, size_t i) {
-    uint64_t x = (((uint64_t) layer*N_TENSORS + tensor)*N_EXPERT + expert)*0x9e3779b97f4a7c15ull + i*0xbf58476d1ce4e5b9ull;
+    uint64_t x = (((uint64_t) layer * N_TENSORS + tensor) * N_EXPERT + expert) * 0x9e3779b97f4a7c15ull + i * 0xbf58476d1ce4e5b9ull;
     return (uint8_t) (x >> 56) ^ (uint8_t) (x >> 24);
 }
 
 // a file with the expert tensors of a few layers, at odd offsets and of odd sizes unless aligned
 struct test_file {
-    std::string path;
+    std::string                          path;
     std::vector<llama_expert_group_desc> groups;
-    std::vector<uint8_t> bytes;
-    int fd = -1;
+    std::vector<uint8_t>                 bytes;
+    int                                  fd = -1;
 
     explicit test_file(bool aligned) {
         path = "test-expert-cache-" + std::to_string(getpid()) + ".bin";
@@ -44,7 +44,7 @@ struct test_file {
                 llama_expert_tensor_desc t;
                 t.name = "blk." + std::to_string(il) + ".t" + std::to_string(it);
                 t.offs = bytes.size();
-                t.size = aligned ? 8192*(it + 1) : 5000 + 3001*it + 96*il;
+                t.size = aligned ? 8192 * (it + 1) : 5000 + 3001 * it + 96 * il;
                 for (int e = 0; e < N_EXPERT; e++) {
                     for (size_t i = 0; i < t.size; i++) {
                         bytes.push_back(pattern(il, it, e, i));
@@ -76,18 +76,18 @@ struct test_file {
 
 // run one op with n threads as ggml does; returns the experts that thread 0 got, or -2 at the end of a failed op
 static std::vector<int> run_op(llama_expert_cache & cache, const test_file & file, int il, int it, const std::vector<int32_t> & ids, int n_ids, int n_threads, int * n_wrong = nullptr) {
-    cache.begin(il, it, (const char *) ids.data(), n_ids, ids.size()/n_ids, sizeof(int32_t), n_ids*sizeof(int32_t), n_threads);
+    cache.begin(il, it, (const char *) ids.data(), n_ids, ids.size() / n_ids, sizeof(int32_t), n_ids * sizeof(int32_t), n_threads);
 
     std::vector<std::vector<int>> got(n_threads);
-    std::atomic<int> wrong {0};
+    std::atomic<int>              wrong{ 0 };
 
     std::vector<std::thread> threads;
     for (int ith = 0; ith < n_threads; ith++) {
         threads.emplace_back([&, ith] {
             const size_t size = file.groups[il].tensors[it].size;
             while (true) {
-                const void * data = nullptr;
-                const int expert = cache.next(ith, &data);
+                const void * data   = nullptr;
+                const int    expert = cache.next(ith, &data);
                 if (expert == -2) {
                     got[ith].push_back(-2);
                 }
@@ -128,8 +128,8 @@ static void run_call(llama_expert_cache & cache, const test_file & file, int il,
 
 // routing with locality: a token keeps some experts of the one before it
 struct router {
-    std::mt19937 rng;
-    std::vector<std::vector<int>> last { N_LAYERS };
+    std::mt19937                  rng;
+    std::vector<std::vector<int>> last{ N_LAYERS };
 
     explicit router(int seed) : rng(seed) {}
 
@@ -154,9 +154,9 @@ struct router {
 
 // event-atomic LRU as a list, most recent last: hits are refreshed first, then misses come in
 struct reference_lru {
-    size_t n_slots;
+    size_t           n_slots;
     std::vector<int> order;
-    uint64_t hits = 0, misses = 0;
+    uint64_t         hits = 0, misses = 0;
 
     void event(const std::vector<int32_t> & ids) {
         std::vector<int> hit, miss;
@@ -173,7 +173,7 @@ struct reference_lru {
             }
             order.push_back(e);
         }
-        hits   += hit.size();
+        hits += hit.size();
         misses += miss.size();
     }
 };
@@ -186,13 +186,13 @@ static void test_decode(const test_file & file, llama_expert_io_mode io) {
                 llama_expert_cache cache(files, file.groups, policy, 3);
                 cache.allocate(n_slots);
 
-                router route(n_slots*10 + n_threads);
+                router                     route(n_slots * 10 + n_threads);
                 std::vector<reference_lru> ref(N_LAYERS, { (size_t) n_slots, {}, 0, 0 });
                 std::vector<std::set<int>> last(N_LAYERS);
 
                 for (int t = 0; t < 40; t++) {
                     for (int il = 0; il < N_LAYERS; il++) {
-                        const auto ids  = route.token(il);
+                        const auto ids    = route.token(il);
                         const auto before = cache.counters(il);
                         run_call(cache, file, il, ids, K, n_threads);
                         const auto after = cache.counters(il);
@@ -217,7 +217,7 @@ static void test_decode(const test_file & file, llama_expert_io_mode io) {
                     for (const auto & t : file.groups[il].tensors) {
                         size += t.size;
                     }
-                    assert(c.reads == c.misses*N_TENSORS && c.bytes_demand == c.misses*size);
+                    assert(c.reads == c.misses * N_TENSORS && c.bytes_demand == c.misses * size);
                     assert(c.calls == 40 && c.calls_streamed == 0);
                     assert(c.evictions == (c.misses > (uint64_t) n_slots ? c.misses - n_slots : 0) || n_slots == N_EXPERT);
                     assert(n_slots == N_EXPERT || c.evictions > 0);
@@ -235,7 +235,7 @@ static void test_prefill(const test_file & file, llama_expert_io_mode io) {
                 llama_expert_cache cache(files, file.groups, policy, n_readers);
                 cache.allocate(n_slots);
 
-                router route(n_slots + n_readers);
+                router       route(n_slots + n_readers);
                 std::mt19937 rng(7);
                 for (int call = 0; call < 24; call++) {
                     const int n_tokens = call % 3 == 0 ? 1 : 1 + rng() % 40;
@@ -252,7 +252,7 @@ static void test_prefill(const test_file & file, llama_expert_io_mode io) {
                         const auto after = cache.counters(il);
 
                         // each slice at most once per call
-                        assert(after.reads - before.reads == (after.misses - before.misses)*N_TENSORS);
+                        assert(after.reads - before.reads == (after.misses - before.misses) * N_TENSORS);
                         assert(after.hits - before.hits + after.misses - before.misses == n_needed);
                         assert((after.calls_streamed > before.calls_streamed) == (n_needed > (size_t) n_slots));
                     }
@@ -268,7 +268,7 @@ static void test_cut(const test_file & file, llama_expert_io_mode io) {
     llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LFU, 2);
     cache.allocate(6);
 
-    router route(3);
+    router       route(3);
     std::mt19937 rng(5);
     for (int call = 0; call < 100; call++) {
         std::vector<int32_t> ids;
@@ -289,18 +289,21 @@ static void test_fault(test_file & file, llama_expert_io_mode io) {
     cache.allocate(6);
 
     const auto & last = file.groups[N_LAYERS - 1].tensors[N_TENSORS - 1];
-    const int il = N_LAYERS - 1;
+    const int    il   = N_LAYERS - 1;
 
     std::vector<int32_t> most; // decode and, with all experts, a streamed call
     for (int e = 0; e < N_EXPERT; e++) {
         most.push_back(e);
     }
-    for (const auto & ids : { std::vector<int32_t> { 12, 13, 14, 15 }, most }) {
+    for (const auto & ids : {
+             std::vector<int32_t>{ 12, 13, 14, 15 },
+             most
+    }) {
         // what is in a slot needs no read
         run_call(cache, file, il, { 0, 1, 2, 3 }, K, 2);
         run_call(cache, file, il, { 4, 5, 6, 7 }, K, 2);
 
-        assert(truncate(file.path.c_str(), last.offs + 14*last.size + 100) == 0);
+        assert(truncate(file.path.c_str(), last.offs + 14 * last.size + 100) == 0);
         for (int round = 0; round < 3; round++) {
             // the first tensors are whole, the last one has lost two experts
             run_op(cache, file, il, 0, ids, K, 2);
@@ -345,11 +348,11 @@ static void test_budget(const test_file & file, llama_expert_io_mode io) {
         assert(cache.bytes_for(n) < cache.bytes_for(n + 1));
         assert(cache.n_slots_for(cache.bytes_for(n + 1) - 1) == n);
     }
-    assert(cache.n_slots_for(cache.bytes_for(N_EXPERT)*10) == N_EXPERT);
+    assert(cache.n_slots_for(cache.bytes_for(N_EXPERT) * 10) == N_EXPERT);
 
-    auto groups = file.groups;
+    auto groups               = file.groups;
     groups[0].tensors[0].offs = file.bytes.size() - 100;
-    bool refused = false;
+    bool refused              = false;
     try {
         llama_expert_cache bad(files, groups, LLAMA_EXPERT_POLICY_LRU, 2);
     } catch (const std::runtime_error &) {
@@ -366,12 +369,12 @@ int main() {
             test_file file(aligned);
 
             printf("%s, %s\n", llama_expert_io_mode_name(io), aligned ? "aligned" : "not aligned");
-            test_budget (file, io);
-            test_decode (file, io);
+            test_budget(file, io);
+            test_decode(file, io);
             test_prefill(file, io);
-            test_cut    (file, io);
-            test_flip   (file, io);
-            test_fault  (file, io);
+            test_cut(file, io);
+            test_flip(file, io);
+            test_fault(file, io);
         }
     }
     printf("OK\n");

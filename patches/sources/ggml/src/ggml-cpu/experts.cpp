@@ -8,7 +8,7 @@
 // scheduler runs their ops on the CPU.
 
 struct ggml_backend_cpu_expert_buffer_context {
-    void * addr;
+    void *                        addr;
     struct ggml_cpu_expert_source source;
 };
 
@@ -70,21 +70,22 @@ static bool ggml_backend_cpu_expert_buffer_type_is_host(ggml_backend_buffer_type
 ggml_backend_buffer_type_t ggml_backend_cpu_expert_buffer_type(void) {
     static struct ggml_backend_buffer_type buft = {
         /* .iface   = */ {
-            /* .get_name       = */ ggml_backend_cpu_expert_buffer_type_get_name,
-            /* .alloc_buffer   = */ ggml_backend_cpu_expert_buffer_type_alloc_buffer,
-            /* .get_alignment  = */ ggml_backend_cpu_expert_buffer_type_get_alignment,
-            /* .get_max_size   = */ nullptr, // defaults to SIZE_MAX
+                          /* .get_name       = */ ggml_backend_cpu_expert_buffer_type_get_name,
+                          /* .alloc_buffer   = */ ggml_backend_cpu_expert_buffer_type_alloc_buffer,
+                          /* .get_alignment  = */ ggml_backend_cpu_expert_buffer_type_get_alignment,
+                          /* .get_max_size   = */ nullptr, // defaults to SIZE_MAX
             /* .get_alloc_size = */ nullptr, // defaults to ggml_nbytes
             /* .is_host        = */ ggml_backend_cpu_expert_buffer_type_is_host,
-        },
-        /* .device  = */ ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
+                          },
+        /* .device  = */
+         ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
         /* .context = */ nullptr,
     };
     return &buft;
 }
 
 ggml_backend_buffer_t ggml_backend_cpu_expert_buffer(void * addr, size_t size, const struct ggml_cpu_expert_source * source) {
-    auto * context = new ggml_backend_cpu_expert_buffer_context { addr, *source };
+    auto * context = new ggml_backend_cpu_expert_buffer_context{ addr, *source };
 
     return ggml_backend_buffer_init(ggml_backend_cpu_expert_buffer_type(), ggml_backend_cpu_expert_buffer_i, context, size);
 }
