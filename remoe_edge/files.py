@@ -1,5 +1,7 @@
 """Output files that appear whole or not at all, and the folder for what can be made again."""
 
+import fcntl
+import glob
 import os
 import secrets
 from collections.abc import Iterator
@@ -42,10 +44,11 @@ def same_file(a: Path, b: Path) -> bool:
 
 @contextmanager
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary path next to ``path``; the caller creates that file, and on success it becomes ``path``.
+    """Give a temporary file next to ``path``; the caller fills it (opens it "wb"), and on success it becomes ``path``.
 
     The file and its folder are flushed to disk before the context ends. On any exception, Ctrl-C included, the
-    temporary file is removed and ``path`` is as it was. A symbolic link at ``path`` is followed, not replaced.
+    temporary file is removed and ``path`` is as it was; what a killed process left, the next call removes. A symbolic
+    link at ``path`` is followed, not replaced.
 
     Raises RemoeError if ``path`` exists and ``force`` is false, if it is no regular file, or if its folder is missing.
     """
@@ -53,9 +56,16 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     target = path.resolve()
     if not target.parent.is_dir():
         raise RemoeError(f"{target.parent} is not a folder; create it before writing {path.name} there")
-    temporary = target.parent / f".{target.name[:200]}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    prefix = f".{target.name[:200]}.tmp-"
+    _remove_leftovers(target.parent, prefix)
+    temporary = target.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    # The lock tells a file that is being written from one that a killed process left behind.
+    lock = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield temporary
+        if temporary.stat().st_size == 0:
+            raise FileNotFoundError(f"nothing was written to {temporary}")
         _fsync(temporary)
         # Someone else may have written the output while this one was being made.
         refuse_existing(path, force)
@@ -63,7 +73,24 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
     _fsync(target.parent)
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    for leftover in folder.glob(f"{glob.escape(prefix)}*"):
+        try:
+            descriptor = os.open(leftover, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def _fsync(path: Path) -> None:

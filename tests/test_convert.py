@@ -557,6 +557,7 @@ def test_a_killed_run_leaves_the_old_output(base: Path, router: Path, out: Path)
     assert leftover.name.startswith(f".{out.name}.tmp-")
     convert(base, router, out, force=True)
     assert len(read_layout(out).tensors) == len(read_layout(base).tensors)
+    assert set(out.parent.iterdir()) == {base, router, out}
 
 
 BIG = 20 << 30

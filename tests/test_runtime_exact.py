@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import write_tiny_model
 
 from remoe_edge.runtime.llama import CacheConfig, Logits, Model, Session, load_model
-from tests.tiny_models import write_tiny_model
 
-pytestmark = pytest.mark.runtime
+# A machine that is not quiet makes compute threads wait for each other.
+pytestmark = [pytest.mark.runtime, pytest.mark.timeout(1200)]
 
 N_EXPERT, K = 16, 3
 N_DECODE = 16
@@ -116,7 +117,8 @@ def test_one_wrong_byte_shows(model: Path) -> None:
                     assert info
                     if flip and len(rows) >= len(decoded):
                         # The expert that the policy values most is the likeliest one for the same token again.
-                        assert all([cached.flip_byte(layer) for layer in range(info.n_layers)])
+                        for layer in range(info.n_layers):
+                            assert cached.flip_byte(layer)
                 logits.append(np.stack(rows))
         stats = cached.stats()
         assert stats

@@ -1,4 +1,4 @@
-"""The packaged trace through the real cache: the runtime counts what the simulator counts, and visits what was traced."""
+"""The packaged trace through the real cache: it visits what was traced, and counts what the simulator counts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from remoe_edge.routing.trace import load_trace, packaged_trace
 from remoe_edge.routing.twin import plan_twin, step_token, write_twin
 from remoe_edge.runtime.llama import CacheConfig, Session, open_model
 
-pytestmark = pytest.mark.runtime
+pytestmark = [pytest.mark.runtime, pytest.mark.timeout(1200)]
 
 STEPS = 299
 THREADS = 2
