@@ -1,11 +1,13 @@
 """The promise of the cache: logits equal to the bit, with the cache on and off, in decode and in prefill."""
 
 import itertools
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import write_tiny_model
+from tiny_models import split_model, write_tiny_model
 
 from remoe_edge.runtime.llama import CacheConfig, Logits, Model, Session, load_model
 
@@ -15,18 +17,9 @@ pytestmark = [pytest.mark.runtime, pytest.mark.timeout(1200)]
 N_EXPERT, K = 16, 3
 N_DECODE = 16
 
-MODELS = [
-    ("qwen3moe", "F32", False),
-    ("qwen3moe", "Q4_0", False),
-    ("qwen3moe", "Q4_K", False),
-    ("qwen3moe", "MXFP4", False),
-    ("qwen2moe", "Q4_0", False),
-    ("olmoe", "Q4_K", False),
-    ("deepseek2", "Q4_0", False),
-    ("deepseek2", "F32", True),
-    ("deepseek2", "Q4_K", True),
-    ("gpt-oss", "MXFP4", False),
-]
+ARCHITECTURES = ("qwen3moe", "qwen2moe", "olmoe", "deepseek2", "deepseek2-fused", "gpt-oss")
+QUANTS = ("F32", "Q4_0", "Q4_K", "MXFP4")
+MODELS = [*itertools.product(ARCHITECTURES, QUANTS, [1]), ("qwen3moe", "Q4_0", 2)]
 
 SHAPES = [
     # ubatch, prompt tokens: an ubatch of 1 is decode, the larger ones need more experts than there are slots
@@ -39,12 +32,15 @@ SHAPES = [
 BUDGETS = {"floor": K, "1/4": N_EXPERT // 4, "1/2": N_EXPERT // 2, "all": N_EXPERT}
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}{'-fused' if p[2] else ''}")
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    arch, quant, fused = request.param
-    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    write_tiny_model(path, arch, quant=quant, fused=fused, n_expert=N_EXPERT, k=K, seed=7)
-    return path
+@pytest.fixture(scope="module", params=MODELS, ids=lambda p: "-".join(map(str, p[: 2 + (p[2] > 1)])))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    arch, quant, shards = request.param
+    folder = tmp_path_factory.mktemp("model")
+    path = folder / "tiny.gguf"
+    fused = arch.endswith("-fused")
+    write_tiny_model(path, arch.removesuffix("-fused"), quant=quant, fused=fused, n_expert=N_EXPERT, k=K, seed=7)
+    yield split_model(path, folder, shards)[0] if shards > 1 else path
+    shutil.rmtree(folder)
 
 
 def tokens(n: int) -> list[int]:
