@@ -64,8 +64,6 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield temporary
-        if temporary.stat().st_size == 0:
-            raise FileNotFoundError(f"nothing was written to {temporary}")
         _fsync(temporary)
         # Someone else may have written the output while this one was being made.
         refuse_existing(path, force)

@@ -33,12 +33,6 @@ def test_failure_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseExc
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_nothing_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), atomic_output(tmp_path / "out"):
-        pass
-    assert os.listdir(tmp_path) == []
-
-
 def test_existing_output_needs_force(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("old")

@@ -68,19 +68,20 @@ static bool ggml_backend_cpu_expert_buffer_type_is_host(ggml_backend_buffer_type
 }
 
 ggml_backend_buffer_type_t ggml_backend_cpu_expert_buffer_type(void) {
+    // clang-format off
     static struct ggml_backend_buffer_type buft = {
         /* .iface   = */ {
-                          /* .get_name       = */ ggml_backend_cpu_expert_buffer_type_get_name,
-                          /* .alloc_buffer   = */ ggml_backend_cpu_expert_buffer_type_alloc_buffer,
-                          /* .get_alignment  = */ ggml_backend_cpu_expert_buffer_type_get_alignment,
-                          /* .get_max_size   = */ nullptr, // defaults to SIZE_MAX
+            /* .get_name       = */ ggml_backend_cpu_expert_buffer_type_get_name,
+            /* .alloc_buffer   = */ ggml_backend_cpu_expert_buffer_type_alloc_buffer,
+            /* .get_alignment  = */ ggml_backend_cpu_expert_buffer_type_get_alignment,
+            /* .get_max_size   = */ nullptr, // defaults to SIZE_MAX
             /* .get_alloc_size = */ nullptr, // defaults to ggml_nbytes
             /* .is_host        = */ ggml_backend_cpu_expert_buffer_type_is_host,
-                          },
-        /* .device  = */
-         ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
+        },
+        /* .device  = */ ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
         /* .context = */ nullptr,
     };
+    // clang-format on
     return &buft;
 }
 
