@@ -114,13 +114,17 @@ class Scratch:
         write_tree(self.patches, {"pin.json": json.dumps(pin), "series": "hook.patch\n", "hook.patch": HOOK, **sources})
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
         self.python = folder / "venv" / "bin" / "python"
-        # After its own packages, the scratch environment sees those of this one: click, pip and the rest.
+        # After its own packages, the scratch environment sees those of this one, but for a runtime installed in it.
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
         site = Path(
             subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         )
-        package = Path(remoe_edge.__file__).parents[1]
-        (site / "outer.pth").write_text(f"{package}\n{sysconfig.get_path('purelib')}\n")
+        outer = folder / "outer"
+        outer.mkdir()
+        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+            if not entry.name.startswith("llama_cpp"):
+                (outer / entry.name).symlink_to(entry)
+        (site / "outer.pth").write_text(f"{Path(remoe_edge.__file__).parents[1]}\n{outer}\n")
 
     def start(self, code: str, **environment: str) -> "subprocess.Popen[str]":
         """Run Python code in the scratch environment, with the build's functions at hand."""
