@@ -90,9 +90,9 @@ class TestRefusals:
             result = completion(model, *flag)
             assert result.returncode != 0
             assert "have no effect without --expert-cache" in result.stderr + result.stdout
-        result = completion(model, "--expert-cache", "8s", "--mlock")
+        result = completion(model, "--expert-cache", "8s", "--load-mode", "mlock")
         assert result.returncode != 0
-        assert "--mlock would lock what the expert cache wants to move" in result.stderr + result.stdout
+        assert "--load-mode mlock would lock what the expert cache wants to move" in result.stderr + result.stdout
 
 
 class TestTools:
