@@ -119,16 +119,20 @@ def bench(options: Options, report: Report = silent) -> Result:
     arms = plan_arms(options)
     records = {arm: _Record() for arm in arms}
     notes: list[str] = []
+    bandwidths: dict[Path, list[Bandwidth]] = {model: [] for model in options.models}
     schedule = [arm for round_ in range(options.repetitions) for arm in (arms if round_ % 2 == 0 else arms[::-1])]
     for index, arm in enumerate(schedule):
         if records[arm].failure is None:
             advance = partial(_advance, report, arm.label, index, len(schedule))
             files = [layout.path for layout in layouts[arm.model]]
             _run(arm, options, files, records[arm], notes, advance)
-    bandwidths = {}
-    for model in options.models:
-        report(f"{model.name}, storage", 1.0)
-        bandwidths[model] = _bandwidth(layouts[model], [records[arm] for arm in arms if arm.model == model])
+            if arm.name == "cache":
+                # The speed of shared storage changes by the minute: it is measured beside every run that depends on it.
+                bandwidths[arm.model] += _probe(layouts[arm.model], records[arm].runs)
+    for model, probes in bandwidths.items():
+        if not probes:
+            report(f"{model.name}, storage", 1.0)
+            probes += _probe(layouts[model], [])
     rows = [_row(arm, options, records[arm], fingerprints[arm.model], bandwidths[arm.model]) for arm in arms]
     add_limits(rows)
     return Result(rows, notes)
@@ -211,16 +215,15 @@ def _note(notes: list[str], text: str) -> None:
         notes.append(text)
 
 
-def _bandwidth(layouts: list[Layout], records: list[_Record]) -> Bandwidth | None:
-    """Storage bandwidth with as many reads at once as the cache's readers make."""
+def _probe(layouts: list[Layout], runs: list[DecodeRun]) -> list[Bandwidth]:
+    """Storage bandwidth with as many reads at once as the cache's readers make; empty for a model without experts."""
     slices = expert_slices(layouts)
-    if not slices:
-        return None
-    infos = [run.info for record in records for run in record.runs if run.info]
-    return measure_bandwidth(slices, infos[0].n_threads if infos else _STORAGE_DEPTH)
+    infos = [run.info for run in runs if run.info]
+    return [measure_bandwidth(slices, infos[0].n_threads if infos else _STORAGE_DEPTH)] if slices else []
 
 
-def _row(arm: Arm, options: Options, record: _Record, model_fingerprint: str, bandwidth: Bandwidth | None) -> Row:
+def _row(arm: Arm, options: Options, record: _Record, model_fingerprint: str, probes: list[Bandwidth]) -> Row:
+    probe = probes[0] if probes else None
     return {
         **_llama_bench_fields(arm, options, record),
         "arm": arm.name,
@@ -233,10 +236,10 @@ def _row(arm: Arm, options: Options, record: _Record, model_fingerprint: str, ba
         "prompt": options.prompt,
         "memory_limit_bytes": record.memory_limit,
         "page_cache": record.page_cache,
-        "storage_bytes_per_s": bandwidth.bytes_per_s if bandwidth else None,
-        "storage_read_bytes": bandwidth.read_bytes if bandwidth else None,
-        "storage_depth": bandwidth.depth if bandwidth else None,
-        "storage_direct": bandwidth.direct if bandwidth else None,
+        "storage_bytes_per_s": statistics.median(each.bytes_per_s for each in probes) if probes else None,
+        "storage_read_bytes": probe.read_bytes if probe else None,
+        "storage_depth": probe.depth if probe else None,
+        "storage_direct": probe.direct if probe else None,
         **_runtime_fields(),
         **summarize_runs([] if record.failure else record.runs, record.peaks),
     }
