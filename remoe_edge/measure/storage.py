@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from remoe_edge.gguf_io.layout import Layout
 
 _ALIGNMENT = 4096
 _ROUNDS = 5
-_ROUND_BYTES = 64 << 20
+_ROUND_BYTES = 256 << 20
+_BUFFER_BYTES = 8 << 20
 _EXPERT_TENSOR = re.compile(r"blk\.[0-9]+\.ffn_(up|gate|down|gate_up)_(ch)?exps\.weight")
 
 
@@ -79,6 +80,7 @@ def measure_bandwidth(slices: Sequence[Slice], depth: int, *, round_bytes: int =
     with ExitStack() as stack:
         files, direct = _open({piece.path for piece in slices}, stack)
         pool = stack.enter_context(ThreadPoolExecutor(depth))
+        buffers = [_buffer(max(piece.length for piece in slices), stack) for _ in range(depth)]
         rates = []
         for _ in range(_ROUNDS):
             count = max(depth, round_bytes // slices[0].length)
@@ -87,7 +89,7 @@ def measure_bandwidth(slices: Sequence[Slice], depth: int, *, round_bytes: int =
                 for descriptor in files.values():
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             begin = time.monotonic()
-            list(pool.map(_read_all, [files] * depth, [chosen[index::depth] for index in range(depth)]))
+            list(pool.map(_read_all, [files] * depth, buffers, [chosen[index::depth] for index in range(depth)]))
             rates.append(sum(piece.length for piece in chosen) / (time.monotonic() - begin))
     return Bandwidth(
         bytes_per_s=statistics.median(rates),
@@ -116,11 +118,17 @@ def _open(paths: set[Path], stack: ExitStack) -> tuple[dict[Path, int], bool]:
         raise RemoeError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def _read_all(files: dict[Path, int], slices: Sequence[Slice]) -> None:
-    if not slices:
-        return
-    room = max(piece.length for piece in slices) + 2 * _ALIGNMENT
-    with mmap.mmap(-1, room) as buffer, memoryview(buffer) as view:
+def _buffer(length: int, stack: ExitStack) -> mmap.mmap:
+    """Memory of the kind that the cache's slots are: private, in large pages where the kernel gives them."""
+    room = max(length + 2 * _ALIGNMENT, _BUFFER_BYTES)
+    buffer = stack.enter_context(mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    with suppress(OSError):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+def _read_all(files: dict[Path, int], buffer: mmap.mmap, slices: Sequence[Slice]) -> None:
+    with memoryview(buffer) as view:
         for piece in slices:
             start = piece.start // _ALIGNMENT * _ALIGNMENT
             end = -(-(piece.start + piece.length) // _ALIGNMENT) * _ALIGNMENT

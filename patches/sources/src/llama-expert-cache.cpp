@@ -140,6 +140,8 @@ void llama_expert_cache::allocate(int n_slots) {
             if (addr == MAP_FAILED) {
                 throw std::runtime_error("cannot allocate " + std::to_string(t.n_arena) + " bytes of slots for " + t.desc.name);
             }
+            // direct reads pin the pages that they fill: with large ones that is a fifth faster, see docs/performance.md
+            (void) madvise(addr, t.n_arena, MADV_HUGEPAGE);
             t.arena = (uint8_t *) addr;
 #endif
             t.slices.resize(n);
