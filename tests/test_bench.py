@@ -377,7 +377,7 @@ def test_every_arm_gives_the_same_output_and_a_full_row(twin: Path) -> None:
     assert rows[4]["limit_ratio"] == 1
     assert [row["memory_limit_bytes"] for row in rows[3:]] == [512 << 20 if groups_permitted() else None, None]
     arms = [f"twin.gguf, {name}" for name in ("cache 2s", "cache 8s", f"cache {EXPERTS}s", "mmap", "resident")]
-    assert order == [*arms, *arms[-2::-1], "twin.gguf, storage"]
+    assert order == [*arms, *arms[-2::-1]]
 
 
 @pytest.mark.runtime
