@@ -48,12 +48,15 @@ class CacheConfig:
         Read mode: "auto", "direct", "mmap".
     threads
         Reader threads.
+    prefetch
+        "router": read ahead what the next layer's router would choose now; "off".
     """
 
     budget: str = "auto"
     policy: str | None = None
     io: str | None = None
     threads: int | None = None
+    prefetch: str | None = None
 
     @property
     def enabled(self) -> bool:
@@ -75,11 +78,16 @@ class CacheInfo:
     policy: str
     io: str
     kernels: str
+    prefetch: str
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counters of the expert cache since load or the last reset; bytes and nanoseconds."""
+    """Counters of the expert cache since load or the last reset; bytes and nanoseconds.
+
+    Of what was read ahead, `bytes_prefetch`, the next call of the layer needed `bytes_prefetch_used`; experts that came
+    this way count as hits, and as `hits_prefetch`.
+    """
 
     calls: int
     calls_streamed: int
@@ -91,6 +99,8 @@ class CacheStats:
     reads: int
     stall_ns: int
     read_ns: int
+    hits_prefetch: int
+    bytes_prefetch_used: int
 
     @property
     def hit_rate(self) -> float | None:
@@ -102,7 +112,7 @@ class _Info(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("budget", "used", "floor", "expert_bytes")),
         *((name, ctypes.c_uint32) for name in ("n_layers", "n_slots", "n_threads")),
-        *((name, ctypes.c_char_p) for name in ("policy", "io", "kernels")),
+        *((name, ctypes.c_char_p) for name in ("policy", "io", "kernels", "prefetch")),
     )
 
 
@@ -491,6 +501,7 @@ def _overrides(config: CacheConfig) -> Any:
         "expert_cache.policy": config.policy,
         "expert_cache.io": config.io,
         "expert_cache.threads": config.threads,
+        "expert_cache.prefetch": config.prefetch,
     }
     given = {key: value for key, value in values.items() if value is not None}
     overrides = (llama.llama_model_kv_override * (len(given) + 1))()

@@ -30,16 +30,17 @@ struct llama_expert_cache_info {
     uint32_t     n_layers;      // MoE layers (expert groups)
     uint32_t     n_slots;       // slots per layer
     uint32_t     n_threads;     // reader threads
-    const char * policy;    // "lru", "lfu"
-    const char * io;        // "direct", "mmap"
-    const char * kernels;   // "plain": expert weights are used as they are in the file, not repacked
+    const char * policy;        // "lru", "lfu"
+    const char * io;            // "direct", "mmap"
+    const char * kernels;       // "plain": expert weights as they are in the file; "repack": in the layout of this CPU's kernels
+    const char * prefetch;      // "off", "router"
 };
 
 // counters since load or the last reset
 struct llama_expert_cache_stats {
     uint64_t calls;             // MoE layer evaluations
     uint64_t calls_streamed;    // of these, evaluations that needed more experts than there are slots
-    uint64_t hits;              // distinct experts of a call found in a slot
+    uint64_t hits;              // distinct experts of a call found in a slot, or on their way into one
     uint64_t misses;            // distinct experts of a call read from storage
     uint64_t evictions;         // experts that lost their slot
     uint64_t bytes_demand;      // bytes of expert weights read because a call needed them
@@ -47,6 +48,8 @@ struct llama_expert_cache_stats {
     uint64_t reads;             // read requests
     uint64_t stall_ns;          // time compute waited with no expert ready
     uint64_t read_ns;           // sum over readers of the time spent in reads
+    uint64_t hits_prefetch;       // of the hits, experts that were there, or on their way, because they were read ahead
+    uint64_t bytes_prefetch_used; // of bytes_prefetch, bytes of experts that the next call of their layer needed
 };
 
 // false if the model has no expert cache; size is sizeof(*info), so that the struct can grow

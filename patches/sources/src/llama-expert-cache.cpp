@@ -21,8 +21,15 @@ static uint64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+static size_t round_up(size_t x, size_t n) {
+    return (x + n - 1) / n * n;
+}
+
 // bytes of a slot: any expert of the tensor, aligned as direct reads want it
 static size_t slot_stride(const llama_expert_tensor_desc & desc) {
+    if (desc.transform) {
+        return round_up(desc.size, 64);
+    }
     if (desc.offs % LLAMA_EXPERT_IO_ALIGN == 0 && desc.size % LLAMA_EXPERT_IO_ALIGN == 0) {
         return desc.size;
     }
@@ -34,7 +41,8 @@ llama_expert_cache::llama_expert_cache(
     const llama_expert_files &           files,
     std::vector<llama_expert_group_desc> descs,
     llama_expert_policy                  policy,
-    int                                  n_readers) : files(files), policy(policy), n_readers(n_readers) {
+    int                                  n_readers,
+    llama_expert_transform               transform) : files(files), policy(policy), n_readers(n_readers), transform(std::move(transform)) {
     for (auto & desc : descs) {
         for (const auto & t : desc.tensors) {
             // the ends were checked when the file was opened, a file from a stranger may still lie about products
@@ -52,6 +60,11 @@ llama_expert_cache::llama_expert_cache(
             g.tensors.emplace_back();
             g.tensors.back().desc   = t;
             g.tensors.back().stride = slot_stride(t);
+            g.order.push_back(g.order.size());
+            if (t.transform) {
+                // whole large pages
+                n_staging = std::max(n_staging, round_up(t.size + 2 * LLAMA_EXPERT_IO_ALIGN, 2 * 1024 * 1024));
+            }
         }
         g.desc = std::move(desc);
     }
@@ -74,6 +87,9 @@ llama_expert_cache::~llama_expert_cache() {
             }
         }
     }
+    if (staging != nullptr) {
+        munmap(staging, n_readers * n_staging);
+    }
 #endif
 }
 
@@ -94,11 +110,11 @@ int llama_expert_cache::n_slots_max() const {
 }
 
 size_t llama_expert_cache::bytes_for(int n_slots) const {
-    size_t res = sizeof(*this) + n_readers * (64 * 1024); // what a reader thread touches of its stack
+    size_t res = sizeof(*this) + n_readers * (64 * 1024 + n_staging); // what a reader thread touches of its stack
     for (const auto & g : groups) {
         const int n = std::min(n_slots, g.desc.n_expert);
 
-        res += sizeof(g) + g.desc.n_expert * (sizeof(usage) + 5 * sizeof(int)) + n * 2 * sizeof(int);
+        res += sizeof(g) + g.desc.n_expert * (sizeof(usage) + 6 * sizeof(int)) + n * 3 * sizeof(int);
         for (const auto & t : g.tensors) {
             res += sizeof(t) + n * (t.stride + sizeof(slice) + sizeof(request)) + LLAMA_EXPERT_IO_ALIGN;
         }
@@ -124,6 +140,23 @@ int llama_expert_cache::n_slots_for(size_t budget) const {
     return res;
 }
 
+#ifdef __linux__
+// memory in large pages, taken now and not at the first use
+// Direct reads pin the pages that they fill: with large ones that is a fifth faster, see docs/performance.md.
+static uint8_t * allocate_pages(size_t size, const std::string & what) {
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+    void * addr = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (addr == MAP_FAILED) {
+        throw std::runtime_error("cannot allocate " + std::to_string(size) + " bytes for " + what);
+    }
+    (void) madvise(addr, size, MADV_HUGEPAGE);
+    (void) madvise(addr, size, MADV_POPULATE_WRITE); // kernels before 5.14 take the pages at the first use
+    return (uint8_t *) addr;
+}
+#endif
+
 void llama_expert_cache::allocate(int n_slots) {
     assert(slots_per_layer == 0 && n_slots >= n_slots_min());
 
@@ -132,17 +165,11 @@ void llama_expert_cache::allocate(int n_slots) {
         const int n = std::min(n_slots, g.desc.n_expert);
 
         g.expert_of.assign(n, -1);
+        g.ahead.assign(n, false);
         for (auto & t : g.tensors) {
             t.n_arena = n * t.stride;
 #ifdef __linux__
-            // pages are taken when a slot is first filled
-            void * addr = mmap(nullptr, t.n_arena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-            if (addr == MAP_FAILED) {
-                throw std::runtime_error("cannot allocate " + std::to_string(t.n_arena) + " bytes of slots for " + t.desc.name);
-            }
-            // direct reads pin the pages that they fill: with large ones that is a fifth faster, see docs/performance.md
-            (void) madvise(addr, t.n_arena, MADV_HUGEPAGE);
-            t.arena = (uint8_t *) addr;
+            t.arena = allocate_pages(t.n_arena, "slots of " + t.desc.name);
 #endif
             t.slices.resize(n);
         }
@@ -150,10 +177,15 @@ void llama_expert_cache::allocate(int n_slots) {
     }
     op_order.reserve(n_needed_max);
 
+#ifdef __linux__
+    if (n_staging > 0) {
+        staging = allocate_pages(n_readers * n_staging, "staging");
+    }
+#endif
     slots_per_layer = n_slots;
 
     for (int i = 0; i < n_readers; i++) {
-        readers.emplace_back([this] { reader_main(); });
+        readers.emplace_back([this, i] { reader_main(i); });
     }
 }
 
@@ -202,16 +234,17 @@ void llama_expert_cache::enqueue(int ig, int it, int slot, int expert) {
     group & g = groups[ig];
     slice & s = g.tensors[it].slices[slot];
 
+    s        = {};
     s.expert = expert;
     s.state  = SLICE_LOADING;
     s.busy   = true;
-    s.n_left = 0;
 
     g.n_loading++;
 
     // the tensor that the graph needs first is read first
-    auto pos = std::find_if(queue.begin(), queue.end(), [it](const request & r) { return r.tensor > it; });
-    queue.insert(pos, { ig, it, slot, expert });
+    const auto rank = [&g](int it) { return std::find(g.order.begin(), g.order.end(), it); };
+    const auto pos  = std::find_if(queue.begin(), queue.end(), [&](const request & r) { return rank(r.tensor) > rank(it); });
+    queue.insert(pos, { ig, it, slot, expert, false });
 }
 
 // after a streamed or failed call: keep the slots whose slices agree
@@ -231,17 +264,92 @@ void llama_expert_cache::settle(group & g) {
             }
         }
         g.expert_of[slot] = whole ? expert : -1;
+        g.ahead[slot]     = false;
     }
     g.dirty = false;
+}
+
+// the call has come: account for what was read ahead of it, and take back the slots of what is neither needed nor whole
+void llama_expert_cache::end_ahead(group & g, const std::vector<bool> & needed) {
+    for (size_t slot = 0; slot < g.ahead.size(); slot++) {
+        if (!g.ahead[slot]) {
+            continue;
+        }
+        const int expert = g.expert_of[slot];
+
+        size_t n_bytes  = 0;
+        bool   whole    = true;
+        bool   in_flight = false;
+        for (const auto & t : g.tensors) {
+            const slice & s = t.slices[slot];
+            whole     = whole && s.state == SLICE_READY;
+            in_flight = in_flight || s.state == SLICE_LOADING;
+            n_bytes += s.ahead ? t.desc.size : 0;
+        }
+        if (needed[expert]) {
+            if (counting) {
+                g.counters.hits_ahead++;
+                g.counters.bytes_used += n_bytes;
+            }
+        } else if (in_flight) {
+            continue; // the next call looks at it again
+        } else if (!whole) {
+            place(g, slot, -1);
+        }
+        g.ahead[slot] = false;
+    }
+}
+
+// the slot of a free expert, else of the one that the policy values least; experts of the last call keep theirs, and so
+// do those that are read ahead; -1: none can be had
+int llama_expert_cache::find_slot(const group & g) const {
+    int res = -1;
+    for (int slot = 0; slot < (int) g.expert_of.size(); slot++) {
+        const int expert = g.expert_of[slot];
+        if (expert == -1) {
+            return slot;
+        }
+        if (g.slot[expert] == -1 && !g.ahead[slot] && (res == -1 || less_valuable(g, expert, g.expert_of[res]))) {
+            res = slot;
+        }
+    }
+    return res;
+}
+
+// give a slot to an expert that has yet to be read, -1: to none
+void llama_expert_cache::place(group & g, int slot, int expert) {
+    if (g.expert_of[slot] != -1) {
+        g.slot_of[g.expert_of[slot]] = -1;
+    }
+    g.expert_of[slot] = expert;
+    if (expert != -1) {
+        g.slot_of[expert] = slot;
+    }
+    for (auto & t : g.tensors) {
+        t.slices[slot]        = {};
+        t.slices[slot].expert = expert;
+    }
 }
 
 void llama_expert_cache::start_call(std::unique_lock<std::mutex> & lock, int ig, const id_view & ids, std::vector<int> && needed) {
     group & g = groups[ig];
 
-    // reads of a call that did not come to its end
-    cv_ready.wait(lock, [&g] { return g.n_loading == 0; });
+    const bool streamed = needed.size() > g.expert_of.size();
 
-    if (g.dirty) {
+    // what was to be read ahead and has not started is not read
+    if (ahead.group == ig) {
+        ahead.group = -1;
+    }
+    // reads of a call that did not come to its end; nothing may move under a read
+    cv_ready.wait(lock, [&] { return g.n_loading == 0 && (g.n_ahead == 0 || (!g.dirty && !streamed)); });
+
+    std::vector<bool> is_needed(g.desc.n_expert, false);
+    for (const int expert : needed) {
+        is_needed[expert] = true;
+    }
+    end_ahead(g, is_needed);
+
+    if (g.dirty || streamed) {
         settle(g);
     }
 
@@ -257,7 +365,8 @@ void llama_expert_cache::start_call(std::unique_lock<std::mutex> & lock, int ig,
         }
     }
     g.tensors_done = 0;
-    g.streamed     = g.needed.size() > g.expert_of.size();
+    g.n_ops        = 0;
+    g.streamed     = streamed;
 
     touch(g, ids);
 
@@ -274,39 +383,37 @@ void llama_expert_cache::start_call(std::unique_lock<std::mutex> & lock, int ig,
     if (g.streamed) {
         plan_streamed(ig);
     } else {
-        plan_resident(ig);
+        plan_resident(lock, ig);
     }
     cv_work.notify_all();
 }
 
 // everything fits: a slot for every miss, none of them taken from an expert of this call
-void llama_expert_cache::plan_resident(int ig) {
+void llama_expert_cache::plan_resident(std::unique_lock<std::mutex> & lock, int ig) {
     group & g = groups[ig];
 
     for (const int expert : g.misses) {
-        int victim = -1;
-        for (int slot = 0; slot < (int) g.expert_of.size(); slot++) {
-            const int cur = g.expert_of[slot];
-            if (cur == -1) {
-                victim = slot;
-                break;
+        int slot = find_slot(g);
+        if (slot == -1) {
+            // the slots that are left are being filled with experts that were expected and are not needed
+            cv_ready.wait(lock, [&g] { return g.n_ahead == 0; });
+            std::vector<bool> is_needed(g.desc.n_expert, false);
+            for (const int e : g.needed) {
+                is_needed[e] = true;
             }
-            if (g.slot[cur] == -1 && (victim == -1 || less_valuable(g, cur, g.expert_of[victim]))) {
-                victim = slot;
-            }
+            end_ahead(g, is_needed);
+            slot = find_slot(g);
         }
-        assert(victim != -1);
+        assert(slot != -1);
 
-        if (g.expert_of[victim] != -1) {
-            g.slot_of[g.expert_of[victim]] = -1;
-        }
-        g.expert_of[victim] = expert;
-        g.slot_of[expert]   = victim;
-        g.slot[expert]      = victim;
+        place(g, slot, expert);
+        g.slot[expert] = slot;
     }
-    for (int it = 0; it < (int) g.tensors.size(); it++) {
-        for (const int expert : g.misses) {
-            enqueue(ig, it, g.slot[expert], expert);
+    for (const int it : g.order) {
+        for (const int expert : g.needed) {
+            if (g.tensors[it].slices[g.slot[expert]].state == SLICE_EMPTY) {
+                enqueue(ig, it, g.slot[expert], expert);
+            }
         }
     }
 }
@@ -385,7 +492,7 @@ void llama_expert_cache::issue_streamed(int ig, int it) {
     }
 }
 
-void llama_expert_cache::begin(int ig, int it, const char * data, int64_t n_ids, int64_t n_tokens, size_t stride_id, size_t stride_token, int n_threads) {
+bool llama_expert_cache::begin(int ig, int it, const char * data, int64_t n_ids, int64_t n_tokens, size_t stride_id, size_t stride_token, int n_threads) {
     std::unique_lock<std::mutex> lock(mutex);
 
     group &  g = groups[ig];
@@ -405,10 +512,18 @@ void llama_expert_cache::begin(int ig, int it, const char * data, int64_t n_ids,
         }
     }
 
-    const bool first = g.tensors_done == 0 || ((g.tensors_done >> it) & 1) != 0 || needed != g.needed;
+    const bool   first = g.tensors_done == 0 || ((g.tensors_done >> it) & 1) != 0 || needed != g.needed;
+    const size_t i_op  = first ? 0 : g.n_ops;
+
+    // not every architecture uses gate and up in the same order
+    if (i_op < g.order.size() && g.order[i_op] != it) {
+        g.order.erase(std::find(g.order.begin(), g.order.end(), it));
+        g.order.insert(g.order.begin() + i_op, it);
+    }
     if (first) {
         start_call(lock, ig, ids, std::move(needed));
     }
+    g.n_ops++;
     g.tensors_done |= (uint64_t) 1 << it;
 
     op_group    = ig;
@@ -435,6 +550,8 @@ void llama_expert_cache::begin(int ig, int it, const char * data, int64_t n_ids,
     }
     op_ready.store(n_ready);
     op_failed.store(failed);
+
+    return first;
 }
 
 int llama_expert_cache::next(int ith, const void ** data) {
@@ -465,9 +582,16 @@ int llama_expert_cache::next(int ith, const void ** data) {
 
     const int expert = op_order[c.pos++];
 
-    *data = t.arena + g.slot[expert] * t.stride + (t.desc.offs + expert * t.desc.size) % LLAMA_EXPERT_IO_ALIGN;
+    *data = this->data(t, g.slot[expert], expert);
 
     return expert;
+}
+
+// where the bytes of an expert are that has that slot
+uint8_t * llama_expert_cache::data(const tensor & t, int slot, int expert) const {
+    uint8_t * res = t.arena + slot * t.stride;
+
+    return t.desc.transform ? res : res + (t.desc.offs + expert * t.desc.size) % LLAMA_EXPERT_IO_ALIGN;
 }
 
 // streaming: when the last thread has left an expert, its slot can take the next one
@@ -488,38 +612,119 @@ void llama_expert_cache::leave(int expert) {
 // readers
 //
 
-void llama_expert_cache::reader_main() {
+void llama_expert_cache::read_ahead(int ig, std::vector<int> experts) {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    group & g = groups[ig];
+    if (g.n_loading > 0 || (g.dirty && g.n_ahead > 0)) {
+        return; // its last call failed
+    }
+    if (g.dirty) {
+        settle(g);
+        for (const int expert : g.needed) {
+            g.slot[expert] = -1;
+        }
+        g.needed.clear();
+    }
+    experts.erase(std::remove_if(experts.begin(), experts.end(), [&g](int e) { return g.slot_of[e] != -1; }), experts.end());
+    if (!experts.empty()) {
+        ahead = { ig, 0, std::move(experts) };
+        cv_work.notify_all();
+    }
+}
+
+// the next read: what is demanded, else what is expected
+bool llama_expert_cache::take(request & r) {
+    if (queue.empty()) {
+        return take_ahead(r);
+    }
+    r = queue.front();
+    queue.pop_front();
+
+    return true;
+}
+
+bool llama_expert_cache::take_ahead(request & r) {
+    while (ahead.group != -1 && ahead.pos < ahead.experts.size()) {
+        group &   g      = groups[ahead.group];
+        const int expert = ahead.experts[ahead.pos];
+
+        if (g.slot_of[expert] == -1) {
+            const int slot = find_slot(g);
+            if (slot == -1) {
+                break;
+            }
+            if (counting && g.expert_of[slot] != -1) {
+                g.counters.evictions++;
+            }
+            place(g, slot, expert);
+            g.ahead[slot] = true;
+        }
+        const int slot = g.slot_of[expert];
+        for (const int it : g.order) {
+            slice & s = g.tensors[it].slices[slot];
+            if (g.ahead[slot] && s.state == SLICE_EMPTY) {
+                s.state = SLICE_LOADING;
+                s.ahead = true;
+                g.n_ahead++;
+                r = { ahead.group, it, slot, expert, true };
+                return true;
+            }
+        }
+        ahead.pos++;
+    }
+    ahead.group = -1;
+
+    return false;
+}
+
+std::string llama_expert_cache::read(const request & r, int ir) const {
+    const tensor & t    = groups[r.group].tensors[r.tensor];
+    const size_t   offs = t.desc.offs + r.expert * t.desc.size;
+    uint8_t *      slot = t.arena + r.slot * t.stride;
+
+    if (!t.desc.transform) {
+        return files.read(t.desc.file, offs, t.desc.size, slot);
+    }
+    uint8_t *         raw = staging + ir * n_staging;
+    const std::string err = files.read(t.desc.file, offs, t.desc.size, raw);
+    if (err.empty()) {
+        transform(r.group, r.tensor, raw + offs % LLAMA_EXPERT_IO_ALIGN, slot);
+    }
+    return err;
+}
+
+void llama_expert_cache::reader_main(int ir) {
     std::unique_lock<std::mutex> lock(mutex);
 
     while (true) {
-        cv_work.wait(lock, [this] { return stop || !queue.empty(); });
+        request r;
+        cv_work.wait(lock, [&] { return stop || take(r); });
         if (stop) {
             return;
         }
 
-        const request r = queue.front();
-        queue.pop_front();
-
-        group &  g = groups[r.group];
-        tensor & t = g.tensors[r.tensor];
-
-        const size_t offs = t.desc.offs + r.expert * t.desc.size;
-
         lock.unlock();
         const uint64_t    t_start = now_ns();
-        const std::string err     = files.read(t.desc.file, offs, t.desc.size, t.arena + r.slot * t.stride);
+        const std::string err     = read(r, ir);
         const uint64_t    t_read  = now_ns() - t_start;
         lock.lock();
 
-        slice & s = t.slices[r.slot];
+        group &  g = groups[r.group];
+        tensor & t = g.tensors[r.tensor];
+        slice &  s = t.slices[r.slot];
 
-        const bool in_op = r.group == op_group && r.tensor == op_tensor;
+        // of the current call of its layer
+        const bool needed = g.slot[r.expert] == r.slot;
+        const bool in_op  = needed && r.group == op_group && r.tensor == op_tensor;
+
+        (r.ahead ? g.n_ahead : g.n_loading)--;
 
         if (err.empty()) {
             s.state = SLICE_READY;
             if (counting) {
                 g.counters.reads++;
-                g.counters.bytes_demand += t.desc.size;
+                (r.ahead ? g.counters.bytes_ahead : g.counters.bytes_demand) += t.desc.size;
                 g.counters.read_ns += t_read;
             }
             if (in_op) {
@@ -527,18 +732,23 @@ void llama_expert_cache::reader_main() {
                 op_order[n_ready]    = r.expert;
                 op_ready.store(n_ready + 1, std::memory_order_release);
             }
+        } else if (r.ahead) {
+            // nobody has asked for it yet: if somebody does, the read is made again and may fail for him
+            s.state = SLICE_EMPTY;
+            if (needed) {
+                enqueue(r.group, r.tensor, r.slot, r.expert);
+            }
         } else {
             s.state = SLICE_FAILED;
             g.dirty = true;
             error   = files.name(t.desc.file) + ": cannot read tensor " + t.desc.name + ", expert " + std::to_string(r.expert) +
-                ", offset " + std::to_string(offs) + ", " + std::to_string(t.desc.size) + " bytes: " + err;
+                ", offset " + std::to_string(t.desc.offs + r.expert * t.desc.size) + ", " + std::to_string(t.desc.size) + " bytes: " + err;
             if (in_op) {
                 op_failed.store(true);
             }
         }
-        g.n_loading--;
 
-        if (in_op || g.n_loading == 0) {
+        if (in_op || g.n_loading == 0 || g.n_ahead == 0) {
             cv_ready.notify_all();
         }
     }
@@ -562,7 +772,10 @@ llama_expert_counters llama_expert_cache::counters(int il) const {
         res.hits += c.hits;
         res.misses += c.misses;
         res.evictions += c.evictions;
+        res.hits_ahead += c.hits_ahead;
         res.bytes_demand += c.bytes_demand;
+        res.bytes_ahead += c.bytes_ahead;
+        res.bytes_used += c.bytes_used;
         res.reads += c.reads;
         res.stall_ns += c.stall_ns;
         res.read_ns += c.read_ns;
@@ -590,11 +803,10 @@ bool llama_expert_cache::flip_byte(int il) {
     std::unique_lock<std::mutex> lock(mutex);
 
     group & g = groups[il];
-    cv_ready.wait(lock, [&g] { return g.n_loading == 0; });
+    ahead.group = -1;
+    cv_ready.wait(lock, [&g] { return g.n_loading == 0 && g.n_ahead == 0; });
+    settle(g);
 
-    if (g.dirty) {
-        settle(g);
-    }
     int best = -1;
     for (const int expert : g.expert_of) {
         if (expert != -1 && (best == -1 || less_valuable(g, best, expert))) {
@@ -604,9 +816,8 @@ bool llama_expert_cache::flip_byte(int il) {
     if (best == -1) {
         return false;
     }
-    const tensor & t    = g.tensors[0];
-    uint8_t *      data = t.arena + g.slot_of[best] * t.stride + (t.desc.offs + best * t.desc.size) % LLAMA_EXPERT_IO_ALIGN;
-    data[t.desc.size / 2 + 3] ^= 0xff;
+    const tensor & t = g.tensors[0];
+    data(t, g.slot_of[best], best)[t.desc.size / 2 + 3] ^= 0xff;
 
     return true;
 }

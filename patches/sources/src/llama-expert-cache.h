@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -36,6 +37,14 @@
 // others pass through the remaining slots (the ring), each slice read once per call, a slot refilled only when every
 // thread has left it. The ring is the same for all tensors of the group, so that they agree again when the call ends.
 //
+// Reading ahead: the owner may name experts that a layer will probably need at its next call. They are read when no
+// demanded read waits, into slots that the last call of the layer did not use, so that the property above holds. A
+// slot is taken at the moment in which a read starts: what has not started when the call comes is forgotten, what has
+// started and is needed counts as a hit, an expert that is not whole and not needed gives its slot back.
+//
+// A tensor may want its experts in another layout than the file has (repacked for the kernels of this CPU): they are read
+// into a staging buffer of the reader and transformed into the slot. Others are read into the slot without a copy.
+//
 // One graph at a time: the owner holds turn() while a graph runs. Two contexts on one model take turns.
 
 enum llama_expert_policy {
@@ -51,7 +60,12 @@ struct llama_expert_tensor_desc {
     int         file = 0;
     size_t      offs = 0;
     size_t      size = 0; // bytes of one expert
+
+    bool transform = false; // a slot holds the expert as the owner's transform function writes it, in as many bytes
 };
+
+// called by reader threads: bytes of an expert as in the file -> as a slot holds them
+typedef std::function<void(int group, int tensor, const uint8_t * src, uint8_t * dst)> llama_expert_transform;
 
 struct llama_expert_group_desc {
     int n_expert      = 0;
@@ -66,7 +80,10 @@ struct llama_expert_counters {
     uint64_t hits           = 0;
     uint64_t misses         = 0;
     uint64_t evictions      = 0;
+    uint64_t hits_ahead     = 0; // of the hits, experts that were read ahead or were being read ahead
     uint64_t bytes_demand   = 0;
+    uint64_t bytes_ahead    = 0; // read ahead
+    uint64_t bytes_used     = 0; // of these, bytes of experts that the next call needed
     uint64_t reads          = 0;
     uint64_t stall_ns       = 0;
     uint64_t read_ns        = 0;
@@ -79,7 +96,8 @@ public:
         const llama_expert_files &           files,
         std::vector<llama_expert_group_desc> groups,
         llama_expert_policy                  policy,
-        int                                  n_readers);
+        int                                  n_readers,
+        llama_expert_transform               transform = nullptr);
     ~llama_expert_cache();
 
     llama_expert_cache(const llama_expert_cache &)             = delete;
@@ -101,6 +119,8 @@ public:
 
     void allocate(int n_slots); // throws std::runtime_error
 
+    bool transforms() const { return n_staging > 0; }
+
     int n_slots() const { return slots_per_layer; }
     int n_groups() const { return (int) groups.size(); }
 
@@ -112,11 +132,15 @@ public:
 
     // An op on tensor `tensor` of group `group` needs the experts ids[it*stride_token + ik*stride_id] for token it in
     // [0, n_tokens), ik in [0, n_ids). One thread calls this before any thread calls next().
-    void begin(int group, int tensor, const char * ids, int64_t n_ids, int64_t n_tokens, size_t stride_id, size_t stride_token, int n_threads);
+    // Returns true at the first op of a call.
+    bool begin(int group, int tensor, const char * ids, int64_t n_ids, int64_t n_tokens, size_t stride_id, size_t stride_token, int n_threads);
 
     // Called by every thread until it returns a negative number: -1 all experts of the op were returned, -2 a read
     // failed. Every thread gets every expert once. The address holds until the thread's next call.
     int next(int ith, const void ** data);
+
+    // the experts that group ig will probably need at its next call, most likely first; the last word counts
+    void read_ahead(int ig, std::vector<int> experts);
 
     // il < 0: all layers
     llama_expert_counters counters(int il) const;
@@ -139,6 +163,7 @@ private:
     struct slice {
         int         expert = -1;
         slice_state state  = SLICE_EMPTY;
+        bool        ahead  = false; // the read was not demanded
         bool        busy   = false; // streaming: the call has still to use it, the ring waits
         int         n_left = 0;     // streaming: threads that are done with it
     };
@@ -164,13 +189,16 @@ private:
         llama_expert_group_desc desc;
         std::vector<tensor>     tensors;
 
+        std::vector<int>   order;     // [n_tensors] in which the graph uses them, as seen
         std::vector<int>   slot_of;   // [n_expert], -1: not in a slot
         std::vector<int>   expert_of; // [n_slots],  -1: free
+        std::vector<bool>  ahead;     // [n_slots] taken for an expert that is read ahead of the next call
         std::vector<usage> used;      // [n_expert]
         uint64_t           seq  = 0;
         uint64_t           time = 0; // tokens seen
 
-        int  n_loading = 0;     // slices queued or being read
+        int  n_loading = 0;     // slices demanded, queued or being read
+        int  n_ahead   = 0;     // slices being read ahead
         bool dirty     = false; // slices of a slot may disagree: a call was streamed, or a read failed
 
         // the current call
@@ -178,6 +206,7 @@ private:
         std::vector<int> slot;    // [n_expert] slot of a needed expert in this call
         std::vector<int> misses;  // in the order in which they are read
         std::vector<int> ring;    // streaming: slots that the misses pass through
+        size_t           n_ops        = 0; // of this call so far
         uint64_t         tensors_done = 0; // bit per tensor
         bool             streamed     = false;
 
@@ -189,6 +218,15 @@ private:
         int tensor;
         int slot;
         int expert;
+
+        bool ahead;
+    };
+
+    // what to read when nothing is demanded
+    struct forecast {
+        int              group = -1;
+        size_t           pos   = 0;
+        std::vector<int> experts;
     };
 
     // progress of one thread through the current op
@@ -199,6 +237,11 @@ private:
     const llama_expert_files & files;
     const llama_expert_policy  policy;
     const int                  n_readers;
+
+    const llama_expert_transform transform;
+
+    size_t    n_staging = 0; // bytes of a reader's staging buffer
+    uint8_t * staging   = nullptr;
 
     int slots_per_layer = 0;
 
@@ -213,6 +256,7 @@ private:
     std::condition_variable cv_ready;
 
     std::deque<request>      queue;
+    forecast                 ahead;
     std::vector<std::thread> readers;
     bool                     stop = false;
 
@@ -243,7 +287,12 @@ private:
     // all of these are called with the mutex held
     void start_call(std::unique_lock<std::mutex> & lock, int ig, const id_view & ids, std::vector<int> && needed);
     void touch(group & g, const id_view & ids);
-    void plan_resident(int ig);
+    void end_ahead(group & g, const std::vector<bool> & needed);
+    int  find_slot(const group & g) const;
+    void place(group & g, int slot, int expert);
+    bool take(request & r);
+    bool take_ahead(request & r);
+    void plan_resident(std::unique_lock<std::mutex> & lock, int ig);
     void plan_streamed(int ig);
     void issue_streamed(int ig, int it);
     void enqueue(int ig, int it, int slot, int expert);
@@ -251,6 +300,9 @@ private:
 
     bool less_valuable(const group & g, int a, int b) const;
 
+    uint8_t *   data(const tensor & t, int slot, int expert) const;
+    std::string read(const request & r, int ir) const;
+
     void leave(int expert);
-    void reader_main();
+    void reader_main(int ir);
 };

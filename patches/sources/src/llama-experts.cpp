@@ -62,6 +62,12 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
                 throw std::runtime_error("expert_cache.threads must be an integer from 1 to 64");
             }
             res.n_threads = kv.val_i64;
+        } else if (key == "expert_cache.prefetch") {
+            const std::string value = override_str(kv);
+            if (value != "off" && value != "router") {
+                throw std::runtime_error("unknown expert prefetch '" + value + "', use router or off");
+            }
+            res.prefetch = value == "router";
         } else {
             throw std::runtime_error("unknown key " + key);
         }
@@ -238,7 +244,7 @@ llama_experts::~llama_experts() {
 #endif
 }
 
-ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams) {
+ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams, bool repack) {
     std::vector<int> fds;
     for (const auto & file : ml.files) {
         fds.push_back(file->file_id());
@@ -248,7 +254,7 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
     // one group per block and kind of expert ("exps", "chexps"), tensors in the order in which the graph uses them
     static const char * order[] = { "ffn_up_", "ffn_gate_up_", "ffn_gate_", "ffn_down_" };
 
-    std::map<std::pair<int, std::string>, std::vector<std::pair<int, ggml_tensor *>>> blocks;
+    std::map<std::pair<int, std::string>, std::vector<std::pair<int, ggml_tensor *>>> by_block;
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
         const std::string name = t->name;
 
@@ -259,7 +265,7 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
         const std::string kind = name.find("_chexps") != std::string::npos ? "chexps" : "exps";
         for (int i = 0; i < 4; i++) {
             if (name.find("." + std::string(order[i]) + kind) != std::string::npos) {
-                blocks[{ il, kind }].push_back({ i, t });
+                by_block[{ il, kind }].push_back({ i, t });
             }
         }
         n_range += GGML_PAD(ggml_nbytes(t), LLAMA_EXPERT_IO_ALIGN);
@@ -276,34 +282,39 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
 
     auto *                       buffer_fn = (decltype(ggml_backend_cpu_expert_buffer) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_buffer");
     const ggml_cpu_expert_source source    = { this, source_begin, source_next };
-    ggml_backend_buffer_ptr      buf{ buffer_fn(range, n_range, &source) };
+    ggml_backend_buffer_ptr      buf{ buffer_fn(range, n_range, &source, repack) };
+    auto *                       repack_fn = (decltype(ggml_backend_cpu_expert_repack) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_repack");
 
     std::vector<llama_expert_group_desc> groups;
     size_t                               n_used = 0;
-    for (auto & [key, tensors] : blocks) {
-        std::sort(tensors.begin(), tensors.end());
+    for (auto & [key, parts] : by_block) {
+        std::sort(parts.begin(), parts.end());
+        blocks.push_back(key.second == "exps" ? key.first : -1);
+        tensors.emplace_back();
 
         llama_expert_group_desc desc;
-        desc.n_expert      = tensors[0].second->ne[2];
+        desc.n_expert      = parts[0].second->ne[2];
         desc.n_expert_used = hparams.n_expert_used(key.first);
-        for (auto & [_, t] : tensors) {
+        for (auto & [_, t] : parts) {
             if (t->ne[2] != desc.n_expert) {
                 throw std::runtime_error(format("tensor %s has %d experts, others of its block have %d", t->name, (int) t->ne[2], desc.n_expert));
             }
             places[t] = { (int) groups.size(), (int) desc.tensors.size() };
 
-            const auto & w = ml.require_weight(t->name);
-            desc.tensors.push_back({ t->name, w.idx, w.offs, t->nb[2] });
-
             if (ggml_backend_tensor_alloc(buf.get(), t, (char *) range + n_used) != GGML_STATUS_SUCCESS) {
                 throw std::runtime_error(format("cannot place tensor %s", t->name));
             }
             n_used += GGML_PAD(ggml_nbytes(t), LLAMA_EXPERT_IO_ALIGN);
+
+            const auto & w = ml.require_weight(t->name);
+            desc.tensors.push_back({ t->name, w.idx, w.offs, t->nb[2], repack_fn(t, nullptr, nullptr) });
+            tensors.back().push_back(t);
         }
         groups.push_back(std::move(desc));
     }
 
-    cache = std::make_unique<llama_expert_cache>(*files, std::move(groups), config.policy, config.n_threads);
+    cache = std::make_unique<llama_expert_cache>(*files, std::move(groups), config.policy, config.n_threads,
+        [this, repack_fn](int group, int tensor, const uint8_t * src, uint8_t * dst) { repack_fn(tensors[group][tensor], src, dst); });
 
     if (config.budget != "auto") {
         const budget_spec spec = parse_budget(config.budget);
@@ -329,7 +340,10 @@ void llama_experts::allocate(int n_slots) {
         llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads);
 }
 
-void llama_experts::on_context(size_t n_compute) {
+void llama_experts::on_context(const llama_model & model, size_t n_compute) {
+    if (config.prefetch && routers.empty()) {
+        find_routers(model);
+    }
     if (cache->n_slots() > 0) {
         return;
     }
@@ -350,6 +364,58 @@ void llama_experts::on_context(size_t n_compute) {
 }
 
 //
+// prefetch
+//
+
+// the data of a tensor that is a plain row of floats in host memory, nullptr if it is not
+static const float * host_floats(const ggml_tensor * t, int64_t n) {
+    const bool ok = t && t->type == GGML_TYPE_F32 && ggml_is_contiguous(t) && ggml_nelements(t) == n && t->buffer && ggml_backend_buffer_is_host(t->buffer);
+    return ok ? (const float *) t->data : nullptr;
+}
+
+void llama_experts::find_routers(const llama_model & model) {
+    const int n_embd = model.hparams.n_embd;
+
+    int n_found = 0;
+    for (size_t ig = 0; ig < tensors.size(); ig++) {
+        llama_expert_router router;
+        if (blocks[ig] >= 0) {
+            const auto & layer    = model.layers[blocks[ig]];
+            const int    n_expert = tensors[ig][0]->ne[2];
+
+            router.n_embd        = n_embd;
+            router.n_expert      = n_expert;
+            router.n_expert_used = model.hparams.n_expert_used(blocks[ig]);
+            router.weight        = host_floats(layer.ffn_gate_inp, (int64_t) n_embd * n_expert);
+            router.bias          = host_floats(layer.ffn_gate_inp_b, n_expert);
+            router.choice        = host_floats(layer.ffn_exp_probs_b, n_expert);
+            router.norm          = host_floats(layer.ffn_norm ? layer.ffn_norm : layer.attn_post_norm, n_embd);
+            router.sigmoid       = model.hparams.expert_gating_func == LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID;
+        }
+        n_found += router.weight != nullptr;
+        routers.push_back(router);
+    }
+    if (n_found < 2) {
+        throw std::runtime_error("expert prefetch finds no routers that it can use in this model: load it without --expert-prefetch");
+    }
+}
+
+// the call of a group has begun with this input: what will the next layer need?
+void llama_experts::prefetch(int group, const ggml_tensor * input) {
+    static constexpr int64_t N_TOKENS_MAX = 8; // more choose most experts anyway
+
+    const auto is_usable = [](const llama_expert_router & r) { return r.weight != nullptr; };
+    const auto next      = std::find_if(routers.begin() + group + 1, routers.end(), is_usable);
+
+    // gate and up take [n_embd, 1, n_tokens]
+    const bool is_input = input->type == GGML_TYPE_F32 && input->nb[0] == sizeof(float) && input->ne[1] == 1 && input->ne[2] <= N_TOKENS_MAX;
+    if (next == routers.end() || !is_usable(routers[group]) || !is_input || input->ne[0] != routers[group].n_embd) {
+        return;
+    }
+    cache->read_ahead(next - routers.begin(), llama_expert_forecast(routers[group], *next, (const float *) input->data, input->ne[2], input->nb[2] / sizeof(float)));
+}
+
+//
 // ggml
 //
 
@@ -362,7 +428,10 @@ void llama_experts::source_begin(void * user, const ggml_tensor * op, int n_thre
     const auto it = self->places.find(op->src[0]);
     GGML_ASSERT(it != self->places.end() && "MUL_MAT_ID on a view of an expert tensor");
 
-    self->cache->begin(it->second.group, it->second.tensor, (const char *) ids->data, ids->ne[0], ids->ne[1], ids->nb[0], ids->nb[1], n_threads);
+    const bool first = self->cache->begin(it->second.group, it->second.tensor, (const char *) ids->data, ids->ne[0], ids->ne[1], ids->nb[0], ids->nb[1], n_threads);
+    if (first && !self->routers.empty()) {
+        self->prefetch(it->second.group, op->src[1]);
+    }
 }
 
 int llama_experts::source_next(void * user, int ith, const void ** data) {
@@ -390,7 +459,8 @@ bool llama_expert_cache_get_info(const llama_model * model, llama_expert_cache_i
     res.n_threads               = experts.config.n_threads;
     res.policy                  = llama_expert_policy_name(experts.config.policy);
     res.io                      = llama_expert_io_mode_name(experts.files->mode());
-    res.kernels                 = "plain";
+    res.prefetch                = experts.config.prefetch ? "router" : "off";
+    res.kernels                 = cache.transforms() ? "repack" : "plain";
     memcpy(info, &res, std::min(size, sizeof(res)));
 
     return true;
@@ -409,10 +479,12 @@ bool llama_expert_cache_get_stats(const llama_model * model, int32_t il, llama_e
     res.misses                   = c.misses;
     res.evictions                = c.evictions;
     res.bytes_demand             = c.bytes_demand;
-    res.bytes_prefetch           = 0; // there is no prefetch yet
+    res.bytes_prefetch           = c.bytes_ahead;
     res.reads                    = c.reads;
     res.stall_ns                 = c.stall_ns;
     res.read_ns                  = c.read_ns;
+    res.hits_prefetch            = c.hits_ahead;
+    res.bytes_prefetch_used      = c.bytes_used;
     memcpy(stats, &res, std::min(size, sizeof(res)));
 
     return true;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-expert-cache.h"
+#include "llama-expert-forecast.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -11,6 +12,7 @@
 #include <unordered_map>
 
 struct llama_hparams;
+struct llama_model;
 struct llama_model_kv_override;
 struct llama_model_loader;
 
@@ -21,6 +23,7 @@ struct llama_expert_config {
     llama_expert_policy  policy    = LLAMA_EXPERT_POLICY_LFU;
     llama_expert_io_mode io        = LLAMA_EXPERT_IO_AUTO;
     int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
+    bool                 prefetch  = false; // read ahead what the next layer's router would choose
 
     // the expert_cache.* keys of a model's overrides; throws std::runtime_error
     static llama_expert_config from_overrides(const std::unordered_map<std::string, llama_model_kv_override> & overrides);
@@ -43,10 +46,11 @@ struct llama_experts {
 
     // give the tensors of ctx addresses that are never touched, and set up the cache on the files of the loader;
     // throws std::runtime_error
-    ggml_backend_buffer_t load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams);
+    // repack: use the repacked kernels of this CPU where there are some for a tensor
+    ggml_backend_buffer_t load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams, bool repack);
 
     // a context was created: n_compute bytes of buffers are reserved but not yet touched
-    void on_context(size_t n_compute);
+    void on_context(const llama_model & model, size_t n_compute);
 
     // hold the result while a graph runs
     std::unique_lock<std::mutex> begin_graph() { return std::unique_lock<std::mutex>(cache->turn()); }
@@ -63,12 +67,17 @@ private:
         int tensor;
     };
 
-    std::unordered_map<const ggml_tensor *, place> places;
+    std::unordered_map<const ggml_tensor *, place>  places;
+    std::vector<std::vector<const ggml_tensor *>>   tensors; // [group][tensor]
+    std::vector<int>                                blocks;  // [group] il, -1: not the experts that the router chooses
+    std::vector<llama_expert_router>                routers; // [group], empty: no prefetch
 
     void * range   = nullptr; // reserved addresses
     size_t n_range = 0;
 
     void allocate(int n_slots);
+    void find_routers(const llama_model & model);
+    void prefetch(int group, const ggml_tensor * input);
 
     static void source_begin(void * user, const ggml_tensor * op, int n_threads);
     static int  source_next(void * user, int ith, const void ** data);

@@ -1,5 +1,8 @@
 #include "experts.h"
 
+#include "repack.h"
+#include "traits.h"
+
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 
@@ -10,6 +13,7 @@
 struct ggml_backend_cpu_expert_buffer_context {
     void *                        addr;
     struct ggml_cpu_expert_source source;
+    bool                          repack;
 };
 
 static void ggml_backend_cpu_expert_buffer_free(ggml_backend_buffer_t buffer) {
@@ -18,6 +22,18 @@ static void ggml_backend_cpu_expert_buffer_free(ggml_backend_buffer_t buffer) {
 
 static void * ggml_backend_cpu_expert_buffer_get_base(ggml_backend_buffer_t buffer) {
     return ((ggml_backend_cpu_expert_buffer_context *) buffer->context)->addr;
+}
+
+static enum ggml_status ggml_backend_cpu_expert_buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
+#ifdef GGML_USE_CPU_REPACK
+    if (((ggml_backend_cpu_expert_buffer_context *) buffer->context)->repack && ggml_n_dims(tensor) == 3) {
+        tensor->extra = ggml_backend_cpu_repack_traits(tensor);
+    }
+#else
+    GGML_UNUSED(buffer);
+    GGML_UNUSED(tensor);
+#endif
+    return GGML_STATUS_SUCCESS;
 }
 
 static void ggml_backend_cpu_expert_buffer_memset_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t, size_t, size_t) {
@@ -39,7 +55,7 @@ static void ggml_backend_cpu_expert_buffer_clear(ggml_backend_buffer_t, uint8_t)
 static const struct ggml_backend_buffer_i ggml_backend_cpu_expert_buffer_i = {
     /* .free_buffer   = */ ggml_backend_cpu_expert_buffer_free,
     /* .get_base      = */ ggml_backend_cpu_expert_buffer_get_base,
-    /* .init_tensor   = */ nullptr,
+    /* .init_tensor   = */ ggml_backend_cpu_expert_buffer_init_tensor,
     /* .memset_tensor = */ ggml_backend_cpu_expert_buffer_memset_tensor,
     /* .set_tensor    = */ ggml_backend_cpu_expert_buffer_set_tensor,
     /* .get_tensor    = */ ggml_backend_cpu_expert_buffer_get_tensor,
@@ -85,8 +101,8 @@ ggml_backend_buffer_type_t ggml_backend_cpu_expert_buffer_type(void) {
     return &buft;
 }
 
-ggml_backend_buffer_t ggml_backend_cpu_expert_buffer(void * addr, size_t size, const struct ggml_cpu_expert_source * source) {
-    auto * context = new ggml_backend_cpu_expert_buffer_context{ addr, *source };
+ggml_backend_buffer_t ggml_backend_cpu_expert_buffer(void * addr, size_t size, const struct ggml_cpu_expert_source * source, bool repack) {
+    auto * context = new ggml_backend_cpu_expert_buffer_context{ addr, *source, repack };
 
     return ggml_backend_buffer_init(ggml_backend_cpu_expert_buffer_type(), ggml_backend_cpu_expert_buffer_i, context, size);
 }
@@ -97,4 +113,19 @@ const struct ggml_cpu_expert_source * ggml_cpu_expert_source_of(const struct ggm
         return nullptr;
     }
     return &((ggml_backend_cpu_expert_buffer_context *) tensor->buffer->context)->source;
+}
+
+bool ggml_backend_cpu_expert_repack(const struct ggml_tensor * tensor, const void * src, void * dst) {
+    if (tensor->extra == nullptr || ggml_cpu_expert_source_of(tensor) == nullptr) {
+        return false;
+    }
+    if (dst != nullptr) {
+        // one expert as a tensor of its own; it has no name, see repack.cpp
+        struct ggml_tensor expert = *tensor;
+        expert.ne[2]              = 1;
+        expert.data               = dst;
+        expert.name[0]            = '\0';
+        ggml_backend_cpu_repack(&expert, src, tensor->nb[2]);
+    }
+    return true;
 }
