@@ -3,19 +3,12 @@
 #include <algorithm>
 #include <cassert>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-
-static constexpr double LFU_HALF_LIFE = 16.0; // tokens
-
-const char * llama_expert_policy_name(llama_expert_policy policy) {
-    return policy == LLAMA_EXPERT_POLICY_LRU ? "lru" : "lfu";
-}
 
 static uint64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -47,7 +40,6 @@ llama_expert_cache::llama_expert_cache(
         group & g = groups.back();
         g.slot_of.assign(desc.n_expert, -1);
         g.slot.assign(desc.n_expert, -1);
-        g.used.resize(desc.n_expert);
         for (const auto & t : desc.tensors) {
             g.tensors.emplace_back();
             g.tensors.back().desc   = t;
@@ -98,7 +90,8 @@ size_t llama_expert_cache::bytes_for(int n_slots) const {
     for (const auto & g : groups) {
         const int n = std::min(n_slots, g.desc.n_expert);
 
-        res += sizeof(g) + g.desc.n_expert * (sizeof(usage) + 5 * sizeof(int)) + n * 2 * sizeof(int);
+        res += sizeof(g) + llama_expert_ranking::bytes(policy, g.desc.n_expert, g.desc.n_expert_used, n) +
+            g.desc.n_expert * 5 * sizeof(int) + n * 2 * sizeof(int);
         for (const auto & t : g.tensors) {
             res += sizeof(t) + n * (t.stride + sizeof(slice) + sizeof(request)) + LLAMA_EXPERT_IO_ALIGN;
         }
@@ -132,6 +125,7 @@ void llama_expert_cache::allocate(int n_slots) {
         const int n = std::min(n_slots, g.desc.n_expert);
 
         g.expert_of.assign(n, -1);
+        g.ranking = llama_expert_ranking::make(policy, g.desc.n_expert, g.desc.n_expert_used, n);
         for (auto & t : g.tensors) {
             t.n_arena = n * t.stride;
 #ifdef __linux__
@@ -158,45 +152,22 @@ void llama_expert_cache::allocate(int n_slots) {
 }
 
 //
-// policy
-//
-
-bool llama_expert_cache::less_valuable(const group & g, int a, int b) const {
-    const usage & ua = g.used[a];
-    const usage & ub = g.used[b];
-
-    if (policy == LLAMA_EXPERT_POLICY_LFU) {
-        const double sa = ua.score * std::exp2(-(double) (g.time - ua.time) / LFU_HALF_LIFE);
-        const double sb = ub.score * std::exp2(-(double) (g.time - ub.time) / LFU_HALF_LIFE);
-        if (sa != sb) {
-            return sa < sb;
-        }
-    }
-    return ua.seq < ub.seq;
-}
-
-// note the uses of a call, token by token; within a token experts that are there come first
-void llama_expert_cache::touch(group & g, const id_view & ids) {
-    for (int64_t it = 0; it < ids.n_tokens; it++) {
-        g.time++;
-        for (const bool hit : { true, false }) {
-            for (int64_t ik = 0; ik < ids.n_ids; ik++) {
-                const int expert = ids.at(it, ik);
-                if ((g.slot_of[expert] != -1) != hit) {
-                    continue;
-                }
-                usage & u = g.used[expert];
-                u.score   = 1.0 + u.score * std::exp2(-(double) (g.time - u.time) / LFU_HALF_LIFE);
-                u.time    = g.time;
-                u.seq     = ++g.seq;
-            }
-        }
-    }
-}
-
-//
 // calls
 //
+
+// tell the policy of a call, token by token; within a token experts that are there come first
+void llama_expert_cache::touch(group & g, const id_view & ids) {
+    std::vector<int> ranked(ids.n_ids);
+    std::vector<int> used(ids.n_ids);
+    for (int64_t it = 0; it < ids.n_tokens; it++) {
+        for (int64_t ik = 0; ik < ids.n_ids; ik++) {
+            ranked[ik] = ids.at(it, ik);
+        }
+        const auto missing = std::copy_if(ranked.begin(), ranked.end(), used.begin(), [&g](int e) { return g.slot_of[e] != -1; });
+        std::copy_if(ranked.begin(), ranked.end(), missing, [&g](int e) { return g.slot_of[e] == -1; });
+        g.ranking->use(ranked.data(), used.data(), ids.n_ids);
+    }
+}
 
 void llama_expert_cache::enqueue(int ig, int it, int slot, int expert) {
     group & g = groups[ig];
@@ -291,7 +262,7 @@ void llama_expert_cache::plan_resident(int ig) {
                 victim = slot;
                 break;
             }
-            if (g.slot[cur] == -1 && (victim == -1 || less_valuable(g, cur, g.expert_of[victim]))) {
+            if (g.slot[cur] == -1 && (victim == -1 || g.ranking->less_valuable(cur, g.expert_of[victim]))) {
                 victim = slot;
             }
         }
@@ -316,7 +287,7 @@ void llama_expert_cache::plan_resident(int ig) {
 void llama_expert_cache::plan_streamed(int ig) {
     group & g = groups[ig];
 
-    const auto less = [&](int a, int b) { return less_valuable(g, a, b); };
+    const auto less = [&](int a, int b) { return g.ranking->less_valuable(a, b); };
 
     // at least as many slots in the ring as keep the readers busy while compute holds one
     const int n_slots = g.expert_of.size();
@@ -597,7 +568,7 @@ bool llama_expert_cache::flip_byte(int il) {
     }
     int best = -1;
     for (const int expert : g.expert_of) {
-        if (expert != -1 && (best == -1 || less_valuable(g, best, expert))) {
+        if (expert != -1 && (best == -1 || g.ranking->less_valuable(best, expert))) {
             best = expert;
         }
     }

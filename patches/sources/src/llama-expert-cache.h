@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-expert-io.h"
+#include "llama-expert-policy.h"
 
 #include <atomic>
 #include <condition_variable>
@@ -37,13 +38,6 @@
 // thread has left it. The ring is the same for all tensors of the group, so that they agree again when the call ends.
 //
 // One graph at a time: the owner holds turn() while a graph runs. Two contexts on one model take turns.
-
-enum llama_expert_policy {
-    LLAMA_EXPERT_POLICY_LRU,
-    LLAMA_EXPERT_POLICY_LFU, // frequency that decays with a half-life of 16 tokens
-};
-
-const char * llama_expert_policy_name(llama_expert_policy policy);
 
 // where one tensor of a group lies: expert e is [offs + e*size, offs + (e + 1)*size) of the file
 struct llama_expert_tensor_desc {
@@ -153,22 +147,14 @@ private:
         std::vector<slice> slices; // [n_slots]
     };
 
-    // what the policy knows of an expert
-    struct usage {
-        uint64_t seq   = 0; // last use
-        uint64_t time  = 0; // token of the last use
-        double   score = 0; // decayed number of uses, at that token
-    };
-
     struct group {
         llama_expert_group_desc desc;
         std::vector<tensor>     tensors;
 
-        std::vector<int>   slot_of;   // [n_expert], -1: not in a slot
-        std::vector<int>   expert_of; // [n_slots],  -1: free
-        std::vector<usage> used;      // [n_expert]
-        uint64_t           seq  = 0;
-        uint64_t           time = 0; // tokens seen
+        std::vector<int> slot_of;   // [n_expert], -1: not in a slot
+        std::vector<int> expert_of; // [n_slots],  -1: free
+
+        std::unique_ptr<llama_expert_ranking> ranking;
 
         int  n_loading = 0;     // slices queued or being read
         bool dirty     = false; // slices of a slot may disagree: a call was streamed, or a read failed
@@ -248,8 +234,6 @@ private:
     void issue_streamed(int ig, int it);
     void enqueue(int ig, int it, int slot, int expert);
     void settle(group & g);
-
-    bool less_valuable(const group & g, int a, int b) const;
 
     void leave(int expert);
     void reader_main();
