@@ -1,17 +1,17 @@
 """An expert cache in miniature: what hits a routing trace gives with a number of slots and a policy.
 
 The cache is event-atomic, as the runtime's is. An event is one token in one layer. All its experts are looked up before
-any slot changes: hits are noted first, in the router's order; then misses one by one in the router's order, each
-evicting its victim, if no slot is free, before it takes the slot. No expert of the event is ever a victim, and every
+any slot changes, and the policy is told: hits first, then misses, each in the router's order. Then each miss in turn
+evicts its victim, if no slot is free, and takes the slot. No expert of the event is ever a victim, and every
 miss is admitted. Each layer has its own slots. The cache is cold at the first token and stays as it is between the
 sequences of a trace, as it does in a server. A layer that was not computed for a token has no event there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.routing.policies import POLICIES, Event, Policy
+from remoe_edge.routing.policies import POLICIES, Event, Layer
 from remoe_edge.routing.trace import Trace, reuse_rate
 
 
@@ -51,8 +51,7 @@ def simulate(trace: Trace, slots: int, policy: str) -> Simulation:
         )
     total = Counters()
     for layer in range(trace.layers):
-        events = layer_events(trace, layer)
-        total += simulate_layer(events, slots, POLICIES[policy](events))
+        total += simulate_layer(Layer(trace.experts, trace.top_k, slots, layer_events(trace, layer)), policy)
     uses = total.hits + total.misses
     if uses == 0:
         raise RemoeError(f"{trace.origin}: no layer was computed for any token; record a decode run")
@@ -73,23 +72,30 @@ def layer_events(trace: Trace, layer: int) -> list[Event | None]:
     return [tuple(row) if computed else None for row, computed in zip(rows, trace.computed[:, layer], strict=True)]
 
 
-def simulate_layer(events: Sequence[Event | None], slots: int, policy: Policy) -> Counters:
-    """Counters of one layer that starts cold. ``policy`` must be fresh; ``slots`` hold the largest event."""
-    resident: set[int] = set()
+def simulate_layer(layer: Layer, policy: str) -> Counters:
+    """Counters of one layer that starts cold under ``policy``, a key of POLICIES. Its slots hold the largest event."""
     hits = misses = evictions = 0
-    for time, event in enumerate(events):
+    for found, missing, victims in replay_layer(layer, policy):
+        hits += len(found)
+        misses += len(missing)
+        evictions += len(victims)
+    return Counters(hits, misses, evictions)
+
+
+def replay_layer(layer: Layer, policy: str) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """The experts found, missed and evicted at each event of one layer that starts cold."""
+    choice = POLICIES[policy](layer)
+    resident: set[int] = set()
+    for event in layer.events:
         if event is None:
             continue
         found = [expert for expert in event if expert in resident]
         missing = [expert for expert in event if expert not in resident]
-        for expert in found:
-            policy.use(expert, time)
+        choice.use(event, found + missing)
+        victims = []
         for expert in missing:
-            if len(resident) == slots:
-                resident.remove(policy.victim(resident.difference(event), time))
-                evictions += 1
+            if len(resident) == layer.slots:
+                victims.append(choice.victim(resident.difference(event)))
+                resident.remove(victims[-1])
             resident.add(expert)
-            policy.use(expert, time)
-        hits += len(found)
-        misses += len(missing)
-    return Counters(hits, misses, evictions)
+        yield found, missing, victims

@@ -3,19 +3,12 @@
 #include <algorithm>
 #include <cassert>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-
-static constexpr double LFU_HALF_LIFE = 16.0; // tokens
-
-const char * llama_expert_policy_name(llama_expert_policy policy) {
-    return policy == LLAMA_EXPERT_POLICY_LRU ? "lru" : "lfu";
-}
 
 static uint64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -55,7 +48,6 @@ llama_expert_cache::llama_expert_cache(
         group & g = groups.back();
         g.slot_of.assign(desc.n_expert, -1);
         g.slot.assign(desc.n_expert, -1);
-        g.used.resize(desc.n_expert);
         for (const auto & t : desc.tensors) {
             g.tensors.emplace_back();
             g.tensors.back().desc   = t;
@@ -114,7 +106,8 @@ size_t llama_expert_cache::bytes_for(int n_slots) const {
     for (const auto & g : groups) {
         const int n = std::min(n_slots, g.desc.n_expert);
 
-        res += sizeof(g) + g.desc.n_expert * (sizeof(usage) + 6 * sizeof(int)) + n * 3 * sizeof(int);
+        res += sizeof(g) + llama_expert_ranking::bytes(policy, g.desc.n_expert, g.desc.n_expert_used, n) +
+            g.desc.n_expert * 6 * sizeof(int) + n * 3 * sizeof(int);
         for (const auto & t : g.tensors) {
             res += sizeof(t) + n * (t.stride + sizeof(slice) + sizeof(request)) + LLAMA_EXPERT_IO_ALIGN;
         }
@@ -166,6 +159,7 @@ void llama_expert_cache::allocate(int n_slots) {
 
         g.expert_of.assign(n, -1);
         g.ahead.assign(n, false);
+        g.ranking = llama_expert_ranking::make(policy, g.desc.n_expert, g.desc.n_expert_used, n);
         for (auto & t : g.tensors) {
             t.n_arena = n * t.stride;
 #ifdef __linux__
@@ -190,45 +184,22 @@ void llama_expert_cache::allocate(int n_slots) {
 }
 
 //
-// policy
-//
-
-bool llama_expert_cache::less_valuable(const group & g, int a, int b) const {
-    const usage & ua = g.used[a];
-    const usage & ub = g.used[b];
-
-    if (policy == LLAMA_EXPERT_POLICY_LFU) {
-        const double sa = ua.score * std::exp2(-(double) (g.time - ua.time) / LFU_HALF_LIFE);
-        const double sb = ub.score * std::exp2(-(double) (g.time - ub.time) / LFU_HALF_LIFE);
-        if (sa != sb) {
-            return sa < sb;
-        }
-    }
-    return ua.seq < ub.seq;
-}
-
-// note the uses of a call, token by token; within a token experts that are there come first
-void llama_expert_cache::touch(group & g, const id_view & ids) {
-    for (int64_t it = 0; it < ids.n_tokens; it++) {
-        g.time++;
-        for (const bool hit : { true, false }) {
-            for (int64_t ik = 0; ik < ids.n_ids; ik++) {
-                const int expert = ids.at(it, ik);
-                if ((g.slot_of[expert] != -1) != hit) {
-                    continue;
-                }
-                usage & u = g.used[expert];
-                u.score   = 1.0 + u.score * std::exp2(-(double) (g.time - u.time) / LFU_HALF_LIFE);
-                u.time    = g.time;
-                u.seq     = ++g.seq;
-            }
-        }
-    }
-}
-
-//
 // calls
 //
+
+// tell the policy of a call, token by token; within a token experts that are there come first
+void llama_expert_cache::touch(group & g, const id_view & ids) {
+    std::vector<int> ranked(ids.n_ids);
+    std::vector<int> used(ids.n_ids);
+    for (int64_t it = 0; it < ids.n_tokens; it++) {
+        for (int64_t ik = 0; ik < ids.n_ids; ik++) {
+            ranked[ik] = ids.at(it, ik);
+        }
+        const auto missing = std::copy_if(ranked.begin(), ranked.end(), used.begin(), [&g](int e) { return g.slot_of[e] != -1; });
+        std::copy_if(ranked.begin(), ranked.end(), missing, [&g](int e) { return g.slot_of[e] == -1; });
+        g.ranking->use(ranked.data(), used.data(), ids.n_ids);
+    }
+}
 
 void llama_expert_cache::enqueue(int ig, int it, int slot, int expert) {
     group & g = groups[ig];
@@ -309,7 +280,7 @@ int llama_expert_cache::find_slot(const group & g) const {
         if (expert == -1) {
             return slot;
         }
-        if (g.slot[expert] == -1 && !g.ahead[slot] && (res == -1 || less_valuable(g, expert, g.expert_of[res]))) {
+        if (g.slot[expert] == -1 && !g.ahead[slot] && (res == -1 || g.ranking->less_valuable(expert, g.expert_of[res]))) {
             res = slot;
         }
     }
@@ -423,7 +394,7 @@ void llama_expert_cache::plan_resident(std::unique_lock<std::mutex> & lock, int 
 void llama_expert_cache::plan_streamed(int ig) {
     group & g = groups[ig];
 
-    const auto less = [&](int a, int b) { return less_valuable(g, a, b); };
+    const auto less = [&](int a, int b) { return g.ranking->less_valuable(a, b); };
 
     // at least as many slots in the ring as keep the readers busy while compute holds one
     const int n_slots = g.expert_of.size();
@@ -645,6 +616,10 @@ bool llama_expert_cache::take(request & r) {
 }
 
 bool llama_expert_cache::take_ahead(request & r) {
+    // a demanded read must not wait behind many that are not
+    if (n_reading_ahead >= std::max(1, n_readers / 2)) {
+        return false;
+    }
     while (ahead.group != -1 && ahead.pos < ahead.experts.size()) {
         group &   g      = groups[ahead.group];
         const int expert = ahead.experts[ahead.pos];
@@ -667,6 +642,7 @@ bool llama_expert_cache::take_ahead(request & r) {
                 s.state = SLICE_LOADING;
                 s.ahead = true;
                 g.n_ahead++;
+                n_reading_ahead++;
                 r = { ahead.group, it, slot, expert, true };
                 return true;
             }
@@ -719,6 +695,7 @@ void llama_expert_cache::reader_main(int ir) {
         const bool in_op  = needed && r.group == op_group && r.tensor == op_tensor;
 
         (r.ahead ? g.n_ahead : g.n_loading)--;
+        n_reading_ahead -= r.ahead;
 
         if (err.empty()) {
             s.state = SLICE_READY;
@@ -809,7 +786,7 @@ bool llama_expert_cache::flip_byte(int il) {
 
     int best = -1;
     for (const int expert : g.expert_of) {
-        if (expert != -1 && (best == -1 || less_valuable(g, best, expert))) {
+        if (expert != -1 && (best == -1 || g.ranking->less_valuable(best, expert))) {
             best = expert;
         }
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-expert-io.h"
+#include "llama-expert-policy.h"
 
 #include <atomic>
 #include <condition_variable>
@@ -46,13 +47,6 @@
 // into a staging buffer of the reader and transformed into the slot. Others are read into the slot without a copy.
 //
 // One graph at a time: the owner holds turn() while a graph runs. Two contexts on one model take turns.
-
-enum llama_expert_policy {
-    LLAMA_EXPERT_POLICY_LRU,
-    LLAMA_EXPERT_POLICY_LFU, // frequency that decays with a half-life of 16 tokens
-};
-
-const char * llama_expert_policy_name(llama_expert_policy policy);
 
 // where one tensor of a group lies: expert e is [offs + e*size, offs + (e + 1)*size) of the file
 struct llama_expert_tensor_desc {
@@ -178,13 +172,6 @@ private:
         std::vector<slice> slices; // [n_slots]
     };
 
-    // what the policy knows of an expert
-    struct usage {
-        uint64_t seq   = 0; // last use
-        uint64_t time  = 0; // token of the last use
-        double   score = 0; // decayed number of uses, at that token
-    };
-
     struct group {
         llama_expert_group_desc desc;
         std::vector<tensor>     tensors;
@@ -193,9 +180,8 @@ private:
         std::vector<int>   slot_of;   // [n_expert], -1: not in a slot
         std::vector<int>   expert_of; // [n_slots],  -1: free
         std::vector<bool>  ahead;     // [n_slots] taken for an expert that is read ahead of the next call
-        std::vector<usage> used;      // [n_expert]
-        uint64_t           seq  = 0;
-        uint64_t           time = 0; // tokens seen
+
+        std::unique_ptr<llama_expert_ranking> ranking;
 
         int  n_loading = 0;     // slices demanded, queued or being read
         int  n_ahead   = 0;     // slices being read ahead
@@ -257,6 +243,7 @@ private:
 
     std::deque<request>      queue;
     forecast                 ahead;
+    int                      n_reading_ahead = 0; // reads ahead that are running, of all groups
     std::vector<std::thread> readers;
     bool                     stop = false;
 
@@ -297,8 +284,6 @@ private:
     void issue_streamed(int ig, int it);
     void enqueue(int ig, int it, int slot, int expert);
     void settle(group & g);
-
-    bool less_valuable(const group & g, int a, int b) const;
 
     uint8_t *   data(const tensor & t, int slot, int expert) const;
     std::string read(const request & r, int ir) const;

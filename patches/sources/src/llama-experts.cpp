@@ -46,10 +46,9 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
             res.budget = override_str(kv);
         } else if (key == "expert_cache.policy") {
             const std::string value = override_str(kv);
-            if (value != "lru" && value != "lfu") {
-                throw std::runtime_error("unknown expert cache policy '" + value + "', use lfu or lru");
+            if (!llama_expert_policy_from_name(value.c_str(), res.policy)) {
+                throw std::runtime_error("unknown expert cache policy '" + value + "', use next-use, lfu or lru");
             }
-            res.policy = value == "lru" ? LLAMA_EXPERT_POLICY_LRU : LLAMA_EXPERT_POLICY_LFU;
         } else if (key == "expert_cache.io") {
             const std::string value = override_str(kv);
             if (value != "auto" && value != "direct" && value != "mmap") {
@@ -336,8 +335,9 @@ void llama_experts::allocate(int n_slots) {
     LLAMA_LOG_INFO("%s: expert cache: %d slots of %d experts in each of %d layers, %.1f of %.1f MiB (budget %s, floor %.1f MiB, all experts %.1f MiB)\n", __func__,
         n_slots, cache->n_slots_max(), cache->n_groups(), cache->bytes_for(n_slots) / MiB, budget / MiB, config.budget.c_str(),
         cache->bytes_floor() / MiB, cache->bytes_experts() / MiB);
-    LLAMA_LOG_INFO("%s: expert cache: policy %s, %s reads with %d threads, plain kernels (experts are not repacked)\n", __func__,
-        llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads);
+    LLAMA_LOG_INFO("%s: expert cache: policy %s, %s reads with %d threads, prefetch %s, %s kernels\n", __func__,
+        llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads, config.prefetch ? "router" : "off",
+        cache->transforms() ? "repacked" : "plain");
 }
 
 void llama_experts::on_context(const llama_model & model, size_t n_compute) {

@@ -20,7 +20,7 @@ struct llama_model_loader;
 
 struct llama_expert_config {
     std::string          budget    = "off"; // as the user wrote it
-    llama_expert_policy  policy    = LLAMA_EXPERT_POLICY_LFU;
+    llama_expert_policy  policy    = LLAMA_EXPERT_POLICY_NEXT_USE;
     llama_expert_io_mode io        = LLAMA_EXPERT_IO_AUTO;
     int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
     bool                 prefetch  = false; // read ahead what the next layer's router would choose
