@@ -32,6 +32,9 @@ MAX_ENTRIES = 65_536
 MAX_TEXT_BYTES = 1 << 20
 """Longest string value that `Layout.text` gives; longer ones are not needed here, only copied."""
 
+DEFAULT_ALIGNMENT = 4096
+"""Of files made here: a page, and what O_DIRECT asks for on all common storage."""
+
 MAX_ALIGNMENT = 1 << 20
 MAX_KEY_BYTES = 65_535
 MAX_TENSOR_NAME_BYTES = 63
@@ -140,6 +143,19 @@ class Layout:
 def align(offset: int, alignment: int) -> int:
     """`offset` rounded up to a multiple of `alignment`."""
     return -(-offset // alignment) * alignment
+
+
+def check_alignment(alignment: int) -> None:
+    """Raise RemoeError unless a GGUF written here may have this alignment: a power of two, 32 to MAX_ALIGNMENT.
+
+    ggml asks for a power of two (gguf.cpp), the GGUF specification for a multiple of 8. Less than the default of 32
+    would put tensors where ggml's kernels do not expect them when the file is mapped.
+    """
+    if not GGUF_DEFAULT_ALIGNMENT <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise RemoeError(
+            f"an alignment of {alignment} bytes is not possible; use a power of two from {GGUF_DEFAULT_ALIGNMENT} to "
+            f"{MAX_ALIGNMENT}, such as {DEFAULT_ALIGNMENT}"
+        )
 
 
 def read_layout(path: Path) -> Layout:
