@@ -55,6 +55,9 @@ _SCALARS = {
 }
 
 
+_EXPERT_TENSOR = re.compile(r"blk\.[0-9]+\.ffn_(up|gate|down|gate_up)_(ch)?exps\.weight")
+
+
 @dataclass(frozen=True)
 class TensorType:
     """A ggml type: `block` elements take `nbytes` bytes."""
@@ -101,6 +104,29 @@ class Tensor:
     @property
     def end(self) -> int:
         return self.start + self.nbytes
+
+    @property
+    def experts(self) -> int:
+        """Slices, one per expert and one after the other, that the cache reads; 0 for a tensor that is not experts'."""
+        return self.shape[-1] if _EXPERT_TENSOR.fullmatch(self.name) else 0
+
+    @property
+    def slice_bytes(self) -> int:
+        """Length of an expert's slice; 0 for a tensor that is not experts'."""
+        return self.nbytes // self.experts if self.experts else 0
+
+    def aligned_slices(self, alignment: int) -> int:
+        """How many experts' slices start on a multiple of `alignment`."""
+        if not self.experts:
+            return 0
+        # Which i of 0 ... experts - 1 have start + i * slice_bytes = 0 modulo alignment? A file from strangers may have
+        # billions, so they are not tried one by one.
+        step = math.gcd(self.slice_bytes, alignment)
+        if self.start % step:
+            return 0
+        period = alignment // step
+        first = -self.start // step * pow(self.slice_bytes // step, -1, period) % period
+        return len(range(first, self.experts, period))
 
 
 @dataclass(frozen=True)

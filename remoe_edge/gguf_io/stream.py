@@ -40,7 +40,7 @@ def write_gguf(
 ) -> None:
     """Write ``path``. ``data`` gives the bytes of each tensor as contiguous arrays, ``nbytes`` in all, in file order.
 
-    Every tensor starts on a multiple of ``alignment`` bytes. A bool is written as bool, an int as uint32 (as int32 in an
+    Every tensor starts on a multiple of ``alignment``. A bool is written as bool, an int as uint32 (as int32 in an
     array), a float as float32. ``progress`` is called with the bytes of tensor data written so far.
     """
     writer = GGUFWriter(path, arch)

@@ -151,7 +151,7 @@ def excerpt(trace: Trace, *, sequence: int = 0, tokens: int | None = None) -> Tr
     sequences = len(trace.offs) - 1
     if not -sequences <= sequence < sequences:
         raise RemoeError(
-            f"{trace.origin}: has no sequence {sequence}, only 0 to {sequences - 1} or, from the end, -1 to -{sequences}"
+            f"{trace.origin}: has no sequence {sequence}, only 0 to {sequences - 1} (or -{sequences} to -1)"
         )
     start = int(trace.offs[sequence % sequences])
     end = trace.tokens if tokens is None else start + tokens
