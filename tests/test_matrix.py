@@ -167,6 +167,7 @@ def test_table_shows_every_engine_and_why_some_have_no_number() -> None:
     assert cells["mmap8/32"].endswith("| - |")
     assert "| refused |" in cells["cache 2s lru mmap2/32"]
     assert "- cache 2s lru mmap refused: below the floor of 300 MiB" in lines
+    assert "A run cannot beat the limit: the machine was not quiet, measure again." in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 

@@ -36,8 +36,9 @@ from remoe_edge.sizes import format_size
 FRACTIONS = (Fraction(1, 8), Fraction(1, 4), Fraction(3, 8), Fraction(1, 2), Fraction(1))
 """C/E: slots per layer, as a part of a layer's experts."""
 
-HEADROOM_BYTES = 384 << 20
-"""What a run may take beside its budget and the dense weights: interpreter, KV cache, compute buffers, page cache."""
+HEADROOM_BYTES = 192 << 20
+"""What a run may take beside its budget and the dense weights: interpreter, libraries, KV cache, compute buffers (about
+40 MiB of anonymous memory in runs of the twins), page cache."""
 
 _PROMPT = "w00000"
 _RESAMPLES = 10_000

@@ -23,6 +23,9 @@ _COLUMNS = (
     "output",
 )
 
+# A ratio to the limit that no noise of a quiet machine explains.
+_IMPOSSIBLE = 0.9
+
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """One table for each twin; engines without a measurement have their reason below it."""
@@ -33,6 +36,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
         lines = [_line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
         lines += [_line(_cells(row, _reference(own, row))) for row in own]
         parts.append("\n".join(lines) + "\n")
+        if any((row["limit_ratio"] or 1) < _IMPOSSIBLE for row in own):
+            parts.append("A run cannot beat the limit: the machine was not quiet, measure again.\n")
         reasons = [f"- {row['engine']} {row['status']}: {row['reason']}" for row in own if row["status"] != "ok"]
         if reasons:
             parts.append("\n".join(reasons) + "\n")
@@ -47,7 +52,7 @@ def _description(rows: Sequence[Row]) -> str:
         return f"{text}."
     speed = f"; storage {min(rates) / 1e9:.2f}-{max(rates) / 1e9:.2f} GB/s at the size of a slice" if rates else ""
     return (
-        f"{text}; {format_size(row['model_size'])}, {row['n_threads']} threads, {row['repetitions']} rounds, "
+        f"{text}; {format_size(row['model_size'])}, {row['n_threads']} threads, rounds: {row['repetitions']}, "
         f"page cache {row['page_cache']} before each run{speed}. TPOT = (last - first token) / (n - 1)."
     )
 
@@ -140,10 +145,14 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
                 label = "resident, repacked kernels" if row["repack"] else "resident"
                 axes.axhline(row["tpot_ms"], color="grey", linestyle=":" if row["repack"] else "--", label=label)
         axes.set_title(twin)
-        axes.set_xlabel("budget: slots per layer / experts per layer")
+        axes.set_xlabel("budget, slots / experts per layer")
         axes.set_ylabel("TPOT, ms = (last - first token) / (n - 1)")
+        slots = {row["cache_fraction"]: f"{row['slots']}/{row['experts']}" for row in own if row["slots"] is not None}
+        axes.set_xticks(list(slots), list(slots.values()))
         if own:
-            axes.set_yscale("log")
-            axes.legend(fontsize=8)
+            axes.set_yscale("log", subs=(2, 5))
+            for formatter in axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter:
+                formatter("{x:g}")
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
         axes.grid(alpha=0.3, which="both")
     figure.savefig(path, format="png", dpi=120)
