@@ -298,10 +298,13 @@ def test_the_runtime_sees_the_same_model(tmp_path: Path, io: str, parts: int) ->
             for _ in range(40):
                 session.decode([int(rows[-1][-1].argmax())])
                 rows.append(session.logits()[None])
-            stats = session.stats()
+            stats, info = session.stats(), session.info()
             assert stats
-            seen.append((np.concatenate(rows), stats))
-    (logits, stats), (aligned_logits, aligned_stats) = seen
+            assert info
+            seen.append((np.concatenate(rows), stats, info.used))
+    (logits, stats, used), (aligned_logits, aligned_stats, aligned_used) = seen
+    # A slot has a page to spare for a slice that straddles pages.
+    assert used - aligned_used == 6 * 3 * LAYERS * 4096
     assert np.isfinite(logits).all()
     assert logits.tobytes() == aligned_logits.tobytes()
     for name in "hits", "misses", "evictions", "calls", "calls_streamed", "reads", "bytes_demand":
