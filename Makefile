@@ -19,10 +19,9 @@ test: .venv/.dev ## Set everything up and pass the tests
 	$(BIN)/remoe-edge build
 	$(BIN)/pytest -m runtime
 
-bench: .venv/.base ## Decode runs: make bench MODEL=model.gguf [ARGS="--baseline mmap ..."]
-	@test -n "$(MODEL)" || { echo "Error: name a model: make bench MODEL=model.gguf" >&2; exit 2; }
+bench: .venv/.base ## The benchmark matrix: make bench [ARGS=--help], or one model: make bench MODEL=model.gguf [ARGS=...]
 	$(BIN)/remoe-edge build
-	$(BIN)/remoe-edge bench $(MODEL) $(ARGS)
+	$(if $(MODEL),$(BIN)/remoe-edge bench $(MODEL),$(BIN)/python scripts/bench_matrix.py) $(ARGS)
 
 lint: .venv/.dev ## Check style and types
 	$(BIN)/ruff check

@@ -106,6 +106,23 @@ def write_base(
     return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
 
 
+def write_experts(path: Path, rows: list[int], *, experts: int = 4, alignment: int = 32, parts: int = 1) -> list[Path]:
+    """A model of one expert tensor a layer, whose slices have `rows` rows of 32 F32 (128 bytes); its files."""
+    # The writer puts the key into the first part only, but pads all of them.
+    assert alignment == 32 or parts == 1
+    writer = GGUFWriter(path, "qwen3moe", split_max_tensors=-(-2 * len(rows) // parts) if parts > 1 else 0)
+    if alignment != 32:
+        writer.add_custom_alignment(alignment)
+    for layer, count in enumerate(rows):
+        writer.add_tensor(f"blk.{layer}.attn_norm.weight", random_values(20 + layer, 5))
+        writer.add_tensor(f"blk.{layer}.ffn_up_exps.weight", random_values(layer, experts, count, HIDDEN))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf")) or [path]
+
+
 def router_values(layers: int = 3) -> dict[str, Values]:
     """New router weights under Hugging Face names."""
     return {HF_ROUTER.format(layer): random_values(100 + layer, EXPERTS, HIDDEN) for layer in range(layers)}

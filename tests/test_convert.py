@@ -718,6 +718,7 @@ def test_command_dry_run_prints_the_plan(base: Path, router: Path, out: Path) ->
         "3 router tensors replaced:",
         "  blk.1.ffn_gate_inp.weight F32 [32, 16] -> F32, from model.layers.1.mlp.gate.weight (F32)",
         f"  remoe.tool.version = '{__version__}'",
+        f"input, {format_size(base.stat().st_size)} in all; output +288 bytes",
         f"output, {size} in all:",
         f"  {out} ({size})",
     ):
@@ -762,7 +763,9 @@ def test_command_diff(base: Path, router: Path, out: Path) -> None:
     ("arguments", "message"),
     [
         (["a", "b"], "Missing option '-o' / '--output'."),
-        (["a", "-o", "o"], "Missing argument 'ROUTER'."),
+        (["a", "-o", "o"], "Missing argument 'ROUTER'. To change the layout alone, give --align."),
+        (["--diff", "a"], "--diff compares two GGUFs; name another one."),
+        (["--diff", "a", "b", "--align", "64"], "--align has no effect with --diff."),
         (["--diff", "a", "b", "-o", "o"], "--output has no effect with --diff."),
         (["--diff", "a", "b", "--force"], "--force has no effect with --diff."),
         (["--diff", "a", "b", "--dry-run"], "--dry-run has no effect with --diff."),

@@ -24,9 +24,9 @@ BUDGET = 116 * MIB  # 16 slots a layer take 111.5 MiB of it
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 480 MB of experts."""
+    """About 480 MB of experts, whose slices straddle pages: each slot has a page to spare, which must be counted."""
     path = tmp_path_factory.mktemp("twin") / "twin.gguf"
-    write_twin(plan_twin(packaged_trace(), hidden=1024, ff=256), path)
+    write_twin(plan_twin(packaged_trace(), hidden=1024, ff=256, alignment=32), path)
     return path
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.routing import trace as trace_module
-from remoe_edge.routing.trace import NOT_COMPUTED, Trace, load_trace, packaged_trace, reuse_rate, save_trace
+from remoe_edge.routing.trace import NOT_COMPUTED, Trace, excerpt, load_trace, packaged_trace, reuse_rate, save_trace
 
 
 def random_trace(tokens: int, layers: int, experts: int, k: int, seed: int = 0, dtype: str = "u1") -> Trace:
@@ -210,3 +210,48 @@ def test_reuse_rate_is_the_mean_overlap_within_sequences(tokens: int, layers: in
 
 def test_reuse_rate_of_the_packaged_trace() -> None:
     assert reuse_rate(packaged_trace()).total == pytest.approx(0.43519, abs=1e-5)
+
+
+def sequences(*lengths: int) -> Trace:
+    """Token t chose the experts t and t + 1 (modulo 16) in both layers."""
+    tokens = sum(lengths)
+    ids = np.stack([np.arange(tokens), np.arange(tokens) + 1], axis=1) % 16
+    return Trace(
+        ids=np.repeat(ids[:, None], 2, axis=1).astype("u1"),
+        offs=np.cumsum([0, *lengths]),
+        meta={"experts": 16, "model": "m"},
+        probs=np.arange(tokens * 4, dtype=np.float32).reshape(tokens, 2, 2),
+    )
+
+
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any),
+    sequence=st.integers(-7, 7),
+    tokens=st.none() | st.integers(0, 40),
+)
+def test_excerpts_are_slices(lengths: list[int], sequence: int, tokens: int | None) -> None:
+    trace = sequences(*lengths)
+    known = -len(lengths) <= sequence < len(lengths)
+    start = sum(lengths[: sequence % len(lengths)])
+    left = trace.tokens - start
+    if not known or left == 0 or (tokens is not None and not 0 < tokens <= left):
+        with pytest.raises(RemoeError, match=f"has no sequence {sequence}" if not known else f"has {left} tokens from"):
+            excerpt(trace, sequence=sequence, tokens=tokens)
+        return
+    part = excerpt(trace, sequence=sequence, tokens=tokens)
+    end = start + (left if tokens is None else tokens)
+    assert (part.ids == trace.ids[start:end]).all()
+    assert part.probs is not None
+    assert (part.probs == trace.probs[start:end]).all()
+    # No boundary between tokens is lost, and none is made up.
+    inner = {int(edge) - start for edge in trace.offs if start < edge < end}
+    assert set(part.offs[1:-1].tolist()) - {0, part.tokens} == inner
+    assert int(part.meta.get("first_token", 0)) == start
+    assert part.meta["model"] == "m"
+
+
+def test_excerpts_of_excerpts_know_where_they_are() -> None:
+    trace = excerpt(excerpt(sequences(3, 4, 5), sequence=1), sequence=-1, tokens=2)
+    assert trace.meta["first_token"] == 7
+    assert trace.ids[:, 0, 0].tolist() == [7, 8]
+    assert excerpt(trace) is trace

@@ -2,6 +2,7 @@ import hashlib
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.blocks import TYPES, random_blocks
 from remoe_edge.gguf_io.layout import read_layout
 from remoe_edge.routing.shapes import ARCHITECTURES
-from remoe_edge.routing.trace import NOT_COMPUTED, Trace, packaged_trace
+from remoe_edge.routing.trace import NOT_COMPUTED, Trace, packaged_trace, save_trace
 from remoe_edge.routing.twin import QUANTS, orthonormal_rows, plan_twin, step_token, token_steps, write_twin
 
 SMALL = {"layers": 4, "hidden": 256, "ff": 32}
@@ -189,6 +190,56 @@ def test_command_writes_the_packaged_trace(tmp_path: Path) -> None:
     assert path.read_bytes() == content
     assert CliRunner().invoke(command, [*arguments, "--force", "--seed", "1"]).exit_code == 0
     assert path.read_bytes() != content
+
+
+def test_command_replays_an_excerpt(tmp_path: Path) -> None:
+    """A twin of the second sequence, 10 tokens of it, is the twin of these tokens."""
+    trace = packaged_trace()
+    cut = replace(trace, offs=np.array([0, 100, 299]))
+    save_trace(cut, tmp_path / "trace.npz")
+    options = ["--layers", "4", "--hidden", "256", "--ff", "32"]
+    excerpted = ["--sequence", "-1", "--tokens", "10", "--align", "64"]
+    path = tmp_path / "t.gguf"
+    result = CliRunner().invoke(command, [str(tmp_path / "trace.npz"), "-o", str(path), *options, *excerpted])
+    assert result.exit_code == 0, result.output
+    assert "10 steps" in result.stderr
+    layout = read_layout(path)
+    assert layout.alignment == 64
+    assert layout.integer("remoe.twin.steps") == 10
+    assert layout.integer("remoe.twin.trace.first_token") == 100
+    tensors = weights(path)
+    logits = tensors["token_embd.weight"][step_token(0) :] @ tensors["blk.3.ffn_gate_inp.weight"].T
+    assert ((-logits).argsort(axis=1, kind="stable")[:, :8] == trace.ids[100:110, 3]).all()
+    failed = CliRunner().invoke(
+        command, [str(tmp_path / "trace.npz"), "-o", str(tmp_path / "u.gguf"), *options, "--tokens", "300"]
+    )
+    assert "has 299 tokens from sequence 0 on, 300 of them cannot be taken" in str(failed.exception)
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "slice_bytes", "aligned"),
+    [
+        (
+            "deepseek2",
+            {"hidden": 2048, "ff": 1408, "quant": "Q4_0", "experts": 64, "top_k": 6, "layers": 26},
+            1622016,
+            1,
+        ),
+        (
+            "gpt-oss",
+            {"hidden": 2880, "ff": 2880, "quant": "MXFP4", "experts": 32, "top_k": 4, "layers": 24},
+            4406400,
+            0,
+        ),
+    ],
+)
+def test_real_shapes_can_be_planned(arch: str, shape: dict[str, Any], slice_bytes: int, aligned: int) -> None:
+    experts, top_k, layers = (shape.pop(key) for key in ("experts", "top_k", "layers"))
+    ids = np.tile(np.arange(top_k, dtype="u1"), (5, layers, 1))
+    twin = plan_twin(Trace(ids=ids, offs=np.array([0, 5]), meta={"experts": experts}), arch=arch, **shape)
+    tensor = next(tensor for tensor in twin.tensors if tensor.name == f"blk.{layers - 1}.ffn_up_exps.weight")
+    assert tensor.nbytes == experts * slice_bytes
+    assert (slice_bytes % twin.alignment == 0) == aligned
 
 
 @pytest.mark.runtime

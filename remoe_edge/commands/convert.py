@@ -1,4 +1,4 @@
-"""`remoe-edge convert`: put a router into a GGUF, or tell two GGUFs apart."""
+"""`remoe-edge convert`: put a router into a GGUF, lay it out on page boundaries, or tell two GGUFs apart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from remoe_edge.gguf_io.convert import Plan, convert, plan_conversion
+from remoe_edge.gguf_io.convert import Plan, SliceAlignment, convert, plan_conversion
 from remoe_edge.gguf_io.diff import Difference, TensorDifference, diff
 from remoe_edge.gguf_io.layout import Tensor
 from remoe_edge.sizes import format_size
@@ -22,55 +22,89 @@ from remoe_edge.sizes import format_size
 
 @click.command("convert")
 @click.argument("base", type=click.Path(path_type=Path))
-@click.argument("router", type=click.Path(path_type=Path))
+@click.argument("router", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF to write.")
+@click.option(
+    "--align",
+    "alignment",
+    type=int,
+    metavar="BYTES",
+    help="Start every tensor of the output on a multiple of this power of two; 4096 is a page. [default: as in BASE]",
+)
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("--diff", "compare", is_flag=True, help="Compare two GGUFs instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the differences as one JSON object.")
 def command(
-    base: Path, router: Path, output: Path | None, force: bool, dry_run: bool, compare: bool, as_json: bool
+    base: Path,
+    router: Path | None,
+    output: Path | None,
+    alignment: int | None,
+    force: bool,
+    dry_run: bool,
+    compare: bool,
+    as_json: bool,
 ) -> None:
-    """Put a trained router into a GGUF, or tell two GGUFs apart.
+    """Put a trained router into a GGUF, lay it out on page boundaries, or tell two GGUFs apart.
 
     \b
     remoe-edge convert BASE.gguf ROUTER -o OUT.gguf
+    remoe-edge convert BASE.gguf --align 4096 -o OUT.gguf
     remoe-edge convert --diff A.gguf B.gguf
 
     ROUTER is a .safetensors file, or the folder of a Hugging Face checkpoint, with router weights under their Hugging
     Face names. They replace those of BASE; all other tensor data stay as they are, byte for byte. BASE is never
     written to. It may be any part of a split GGUF (NAME-00001-of-00003.gguf); OUT is then split alike.
 
+    --align, with a router or without, makes the expert cache's direct reads exact: no bytes before and after an expert.
+    That needs experts whose size is a multiple too; what part of them is aligned is printed. All tensors are padded,
+    because GGUF has one alignment for a file; --dry-run tells what that costs.
+
     --diff prints the tensors and metadata in which A and B differ, and by how much. Differences are no failure: the
     exit status is 0.
     """
     if compare:
-        for flag, given in ("--output", output is not None), ("--force", force), ("--dry-run", dry_run):
-            if given:
-                raise click.UsageError(f"{flag} has no effect with --diff.")
+        given = {
+            "--output": output is not None,
+            "--align": alignment is not None,
+            "--force": force,
+            "--dry-run": dry_run,
+        }
+        for flag in (flag for flag, is_given in given.items() if is_given):
+            raise click.UsageError(f"{flag} has no effect with --diff.")
+        if router is None:
+            raise click.UsageError("--diff compares two GGUFs; name another one.")
         with _progress("comparing") as progress:
             difference = diff(base, router, progress=progress)
         click.echo(json.dumps(dataclasses.asdict(difference)) if as_json else _difference_text(difference))
         return
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    if router is None and alignment is None:
+        raise click.UsageError("Missing argument 'ROUTER'. To change the layout alone, give --align.")
     if dry_run:
-        plan = plan_conversion(base, router, output, force=force)
+        plan = plan_conversion(base, router, output, alignment=alignment, force=force)
     else:
         with _progress("writing") as progress:
-            plan = convert(base, router, output, force=force, progress=progress)
+            plan = convert(base, router, output, alignment=alignment, force=force, progress=progress)
+    slices = plan.slice_alignment() if alignment is not None else None
     if as_json:
-        click.echo(json.dumps(_plan_object(plan)))
+        click.echo(json.dumps(_plan_object(plan, slices)))
     elif dry_run:
-        click.echo(_plan_text(plan))
+        click.echo(_plan_text(plan, slices))
     else:
         for file in plan.files:
             click.echo(f"Wrote {file.target} ({format_size(file.size)}).", err=True)
-        click.echo(
-            f"{len(plan.replacements)} router tensors replaced, {format_size(plan.copied_bytes)} of other tensors "
-            f"copied unchanged; router sha256 {plan.metadata['remoe.router.sha256']}",
-            err=True,
-        )
+        if router is None:
+            click.echo(f"{format_size(plan.copied_bytes)} of tensors copied unchanged.", err=True)
+        else:
+            click.echo(
+                f"{len(plan.replacements)} router tensors replaced, {format_size(plan.copied_bytes)} of other tensors "
+                f"copied unchanged; router sha256 {plan.metadata['remoe.router.sha256']}",
+                err=True,
+            )
+        if slices:
+            click.echo(_slices_text(slices), err=True)
 
 
 @contextmanager
@@ -83,7 +117,7 @@ def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _plan_object(plan: Plan) -> dict[str, Any]:
+def _plan_object(plan: Plan, slices: SliceAlignment | None) -> dict[str, Any]:
     return {
         "files": [{"base": str(file.base.path), "output": str(file.target), "bytes": file.size} for file in plan.files],
         "replaced": [
@@ -100,24 +134,41 @@ def _plan_object(plan: Plan) -> dict[str, Any]:
         ],
         "kept": plan.kept,
         "metadata": plan.metadata,
+        "expert_slices": dataclasses.asdict(slices) if slices else None,
         "copied_bytes": plan.copied_bytes,
+        "input_bytes": plan.input_bytes,
         "output_bytes": plan.output_bytes,
     }
 
 
-def _plan_text(plan: Plan) -> str:
-    lines = [f"{len(plan.replacements)} router tensors replaced:"]
+def _plan_text(plan: Plan, slices: SliceAlignment | None) -> str:
+    lines = [f"{len(plan.replacements)} router tensors replaced:"] if plan.replacements else []
     for replacement in plan.replacements:
         old, new, router = replacement.old, replacement.new, replacement.router
         lines.append(f"  {_tensor_text(old)} -> {new.type.name}, from {router.key} ({router.dtype})")
-    if plan.kept:
+    if plan.replacements and plan.kept:
         lines.append(f"{len(plan.kept)} router tensors kept, because the new router has none: {', '.join(plan.kept)}")
-    lines.append(f"{format_size(plan.copied_bytes)} of other tensors copied unchanged")
+    other = "other " if plan.replacements else ""
+    lines.append(f"{format_size(plan.copied_bytes)} of {other}tensors copied unchanged")
+    if slices:
+        lines.append(_slices_text(slices))
     lines.append("metadata written:")
     lines += [f"  {key} = {value!r}" for key, value in plan.metadata.items()]
+    growth = plan.output_bytes - plan.input_bytes
+    lines.append(f"input, {format_size(plan.input_bytes)} in all; output {growth:+} bytes")
     lines.append(f"output, {format_size(plan.output_bytes)} in all:")
     lines += [f"  {file.target} ({format_size(file.size)})" for file in plan.files]
     return "\n".join(lines)
+
+
+def _slices_text(slices: SliceAlignment) -> str:
+    text = (
+        f"{slices.aligned} of {slices.slices} expert slices start on a multiple of {slices.alignment} "
+        f"(before: {slices.aligned_before})"
+    )
+    if odd := [size for size in slices.slice_bytes if size % slices.alignment]:
+        text += f"; slices of {', '.join(map(str, odd))} bytes are no multiple of it, only their tensors are aligned"
+    return text
 
 
 def _tensor_text(tensor: Tensor) -> str:

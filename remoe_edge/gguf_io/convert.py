@@ -1,7 +1,10 @@
-"""Put a router into a GGUF: plan every byte of the output, then copy and replace.
+"""Put a router into a GGUF, lay its tensors out on other boundaries, or both: plan every byte, then copy and replace.
 
 The output has the base's metadata and tensors in the base's order. Router tensors are written as F32, whatever they
 were, so that the exported router is exactly the trained one; the data of every other tensor are copied as they are.
+
+llama.cpp demands that tensors follow one another with no gap but the padding to ``general.alignment`` (gguf.cpp). So
+that key is what moves expert tensors to page boundaries, and it pads all other tensors too.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from remoe_edge.gguf_io.layout import (
     Layout,
     Tensor,
     align,
+    check_alignment,
     read_layout,
     read_model,
     shard_paths,
@@ -40,6 +44,7 @@ from remoe_edge.sizes import format_size
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes of the whole output."""
 
+_ALIGNMENT = "general.alignment"
 _WEIGHT = "ffn_gate_inp.weight"
 _ROUTER_NAME = re.compile(r"blk\.([0-9]+)\.(ffn_gate_inp\.weight|ffn_gate_inp\.bias|exp_probs_b\.bias)")
 _F32 = TENSOR_TYPES[GGMLQuantizationType.F32.value]
@@ -73,9 +78,25 @@ class FilePlan:
 
     base: Layout
     target: Path
+    alignment: int
     size: int
     tensors: dict[str, Tensor]
     pieces: list[tuple[int, bytes | Extent | RouterTensor]]
+
+
+@dataclass(frozen=True)
+class SliceAlignment:
+    """How many of a model's expert slices start on a multiple of `alignment` bytes.
+
+    Slices of one tensor follow one another without gaps, so all of them do only where `slice_bytes`, the sizes that
+    occur, are multiples; else the first of each tensor and few others do.
+    """
+
+    alignment: int
+    slices: int
+    aligned_before: int
+    aligned: int
+    slice_bytes: list[int]
 
 
 @dataclass(frozen=True)
@@ -83,13 +104,17 @@ class Plan:
     """All that a conversion will do.
 
     `kept` names the router tensors of the base that stay because ROUTER has none of their kind; `metadata` holds the
-    keys that are added or changed.
+    keys that are added or changed (`general.alignment` in every part of a split model, the others in the first).
     """
 
     files: list[FilePlan]
     replacements: list[Replacement]
     kept: list[str]
     metadata: dict[str, str | int]
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(file.base.source.size for file in self.files)
 
     @property
     def output_bytes(self) -> int:
@@ -101,39 +126,76 @@ class Plan:
         tensors = sum(tensor.nbytes for file in self.files for tensor in file.tensors.values())
         return tensors - sum(replacement.new.nbytes for replacement in self.replacements)
 
+    def slice_alignment(self) -> SliceAlignment:
+        """Of the output, for the alignment that its tensors have."""
+        alignment = min(file.alignment for file in self.files)
+        before = [tensor for file in self.files for tensor in file.base.tensors.values() if tensor.experts]
+        after = [tensor for file in self.files for tensor in file.tensors.values() if tensor.experts]
+        return SliceAlignment(
+            alignment,
+            slices=sum(tensor.experts for tensor in after),
+            aligned_before=sum(tensor.aligned_slices(alignment) for tensor in before),
+            aligned=sum(tensor.aligned_slices(alignment) for tensor in after),
+            slice_bytes=sorted({tensor.slice_bytes for tensor in after}),
+        )
+
 
 def convert(
-    base: Path, router: Path, output: Path, *, force: bool = False, progress: Progress = lambda done, total: None
+    base: Path,
+    router: Path | None,
+    output: Path,
+    *,
+    alignment: int | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Plan:
     """Write `output`: the model `base` with the router of `router`. Returns what `plan_conversion` planned.
+
+    With `alignment` every tensor starts on a multiple of so many bytes, else of as many as in `base`. Without `router`
+    that is all that changes.
 
     `base` may be any part of a split GGUF; the output is then split at the same tensors. The same inputs give the same
     bytes. Memory does not grow with the file. Raises RemoeError for bad input and failed writes; there is then no
     output, and an older one is as it was. (Parts of a split output appear one after another, the first one last; only
     a crash in between can leave some of them.)
     """
-    plan = plan_conversion(base, router, output, force=force)
+    plan = plan_conversion(base, router, output, alignment=alignment, force=force)
     _write(plan, force, progress)
     return plan
 
 
-def plan_conversion(base: Path, router: Path, output: Path, *, force: bool = False) -> Plan:
+def plan_conversion(
+    base: Path, router: Path | None, output: Path, *, alignment: int | None = None, force: bool = False
+) -> Plan:
     """Check everything that can be checked without writing, and say what `convert` would do.
 
-    Raises RemoeError for all that `read_model` and `read_router` refuse; where base and router differ in layers,
-    experts or width; for a weight that is NaN or infinite; where the output is one of the inputs, exists without
-    `force`, is not named like the base's parts, or does not fit on the disk.
+    Raises RemoeError for all that `read_model`, `read_router` and `check_alignment` refuse; where base and router
+    differ in layers, experts or width; for a weight that is NaN or infinite; where nothing would change, or there are
+    no experts to align; where the output is one of the inputs, exists without `force`, is not named like the base's
+    parts, or does not fit on the disk.
     """
+    if alignment is not None:
+        check_alignment(alignment)
     layouts = read_model(base)
-    new_router = read_router(router)
+    if alignment is not None:
+        _check_experts(layouts)
+    if router is None:
+        _check_change(layouts, alignment)
+    new_router = read_router(router) if router is not None else None
     targets = _output_paths(output, layouts)
-    inputs = [layout.source for layout in layouts] + new_router.sources
+    inputs = [layout.source for layout in layouts] + (new_router.sources if new_router else [])
     for target in targets:
         _check_target(target, inputs, force)
-    routers = _match(layouts, new_router)
-    metadata = _provenance(layouts[0], _hash(routers))
+    routers = _match(layouts, new_router) if new_router else {}
+    metadata: dict[str, str | int] = _provenance(layouts[0], _hash(routers)) if new_router else {}
+    metadata["remoe.tool.version"] = __version__
+    aligned: dict[str, str | int] = {}
+    # llama.cpp reads the key of each part for that part.
+    if alignment is not None and any(layout.alignment != alignment for layout in layouts):
+        aligned[_ALIGNMENT] = alignment
+    metadata |= aligned
     files = [
-        _plan_file(layout, target, metadata if layout is layouts[0] else {}, routers)
+        _plan_file(layout, target, metadata if layout is layouts[0] else aligned, routers, alignment)
         for layout, target in zip(layouts, targets, strict=True)
     ]
     _check_space(files)
@@ -148,6 +210,20 @@ def plan_conversion(base: Path, router: Path, output: Path, *, force: bool = Fal
         kept=[name for file in files for name in file.tensors if _ROUTER_NAME.fullmatch(name) and name not in routers],
         metadata=metadata,
     )
+
+
+def _check_experts(layouts: list[Layout]) -> None:
+    if not any(tensor.experts for layout in layouts for tensor in layout.tensors.values()):
+        raise RemoeError(f"{layouts[0].path}: has no expert tensors to align: it is not a Mixture-of-Experts model")
+
+
+def _check_change(layouts: list[Layout], alignment: int | None) -> None:
+    """Raise RemoeError if there is nothing to do without a router."""
+    path = layouts[0].path
+    if alignment is None:
+        raise RemoeError(f"{path}: nothing to convert; name a router, or an alignment")
+    if all(layout.alignment == alignment for layout in layouts):
+        raise RemoeError(f"{path}: its tensors are aligned to {alignment} bytes already; there is nothing to do")
 
 
 def _output_paths(output: Path, layouts: list[Layout]) -> list[Path]:
@@ -251,7 +327,6 @@ def _provenance(base: Layout, router_hash: str) -> dict[str, str | int]:
     metadata: dict[str, str | int] = {
         "general.finetune": finetune if finetune.endswith("ReMoE") else f"{finetune}-ReMoE".lstrip("-"),
         "remoe.router.sha256": router_hash,
-        "remoe.tool.version": __version__,
     }
     if not base.integer("general.base_model.count"):
         metadata["general.base_model.count"] = 1
@@ -263,9 +338,14 @@ def _provenance(base: Layout, router_hash: str) -> dict[str, str | int]:
 
 
 def _plan_file(
-    base: Layout, target: Path, metadata: dict[str, str | int], routers: dict[str, RouterTensor]
+    base: Layout,
+    target: Path,
+    metadata: dict[str, str | int],
+    routers: dict[str, RouterTensor],
+    alignment: int | None,
 ) -> FilePlan:
     """Lay out one output file: header, then tensors in the base's order without gaps, as llama.cpp demands."""
+    alignment = alignment or base.alignment
     tensors = {
         name: replace(tensor, type=_F32, nbytes=math.prod(tensor.shape) * _F32.nbytes) if name in routers else tensor
         for name, tensor in base.tensors.items()
@@ -283,19 +363,19 @@ def _plan_file(
     for name, tensor in tensors.items():
         header.append(_encode_tensor(tensor, offset))
         tensors[name] = replace(tensor, start=offset)
-        offset = align(offset + tensor.nbytes, base.alignment)
+        offset = align(offset + tensor.nbytes, alignment)
 
     pieces: list[tuple[int, bytes | Extent | RouterTensor]] = []
     position = 0
     for piece in header:
         pieces.append((position, piece))
         position += piece.length if isinstance(piece, Extent) else len(piece)
-    data_start = align(position, base.alignment)
+    data_start = align(position, alignment)
     for name, tensor in tensors.items():
         tensors[name] = replace(tensor, start=data_start + tensor.start)
         old = base.tensors[name]
         pieces.append((tensors[name].start, routers[name] if name in routers else Extent(old.start, old.nbytes)))
-    return FilePlan(base, target, data_start + offset, tensors, pieces)
+    return FilePlan(base, target, alignment, data_start + offset, tensors, pieces)
 
 
 def _encode_text(text: str) -> bytes:

@@ -32,6 +32,9 @@ MAX_ENTRIES = 65_536
 MAX_TEXT_BYTES = 1 << 20
 """Longest string value that `Layout.text` gives; longer ones are not needed here, only copied."""
 
+DEFAULT_ALIGNMENT = 4096
+"""Of files made here: a page, and what O_DIRECT asks for on all common storage."""
+
 MAX_ALIGNMENT = 1 << 20
 MAX_KEY_BYTES = 65_535
 MAX_TENSOR_NAME_BYTES = 63
@@ -50,6 +53,9 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "<d",
     GGUFValueType.BOOL: "<?",
 }
+
+
+_EXPERT_TENSOR = re.compile(r"blk\.[0-9]+\.ffn_(up|gate|down|gate_up)_(ch)?exps\.weight")
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,29 @@ class Tensor:
     def end(self) -> int:
         return self.start + self.nbytes
 
+    @property
+    def experts(self) -> int:
+        """Slices, one per expert and one after the other, that the cache reads; 0 for a tensor that is not experts'."""
+        return self.shape[-1] if _EXPERT_TENSOR.fullmatch(self.name) else 0
+
+    @property
+    def slice_bytes(self) -> int:
+        """Length of an expert's slice; 0 for a tensor that is not experts'."""
+        return self.nbytes // self.experts if self.experts else 0
+
+    def aligned_slices(self, alignment: int) -> int:
+        """How many experts' slices start on a multiple of `alignment`."""
+        if not self.experts:
+            return 0
+        # Which i of 0 ... experts - 1 have start + i * slice_bytes = 0 modulo alignment? A file from strangers may have
+        # billions, so they are not tried one by one.
+        step = math.gcd(self.slice_bytes, alignment)
+        if self.start % step:
+            return 0
+        period = alignment // step
+        first = -self.start // step * pow(self.slice_bytes // step, -1, period) % period
+        return len(range(first, self.experts, period))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -140,6 +169,19 @@ class Layout:
 def align(offset: int, alignment: int) -> int:
     """`offset` rounded up to a multiple of `alignment`."""
     return -(-offset // alignment) * alignment
+
+
+def check_alignment(alignment: int) -> None:
+    """Raise RemoeError unless a GGUF written here may have this alignment: a power of two, 32 to MAX_ALIGNMENT.
+
+    ggml asks for a power of two (gguf.cpp), the GGUF specification for a multiple of 8. Less than the default of 32
+    would put tensors where ggml's kernels do not expect them when the file is mapped.
+    """
+    if not GGUF_DEFAULT_ALIGNMENT <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise RemoeError(
+            f"an alignment of {alignment} bytes is not possible; use a power of two from {GGUF_DEFAULT_ALIGNMENT} to "
+            f"{MAX_ALIGNMENT}, such as {DEFAULT_ALIGNMENT}"
+        )
 
 
 def read_layout(path: Path) -> Layout:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFWriter
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 Piece = npt.NDArray[Any]
@@ -36,13 +36,16 @@ def write_gguf(
     tensors: Sequence[NewTensor],
     data: Callable[[NewTensor], Iterable[Piece]],
     progress: Callable[[int], None] = lambda _written: None,
+    alignment: int = GGUF_DEFAULT_ALIGNMENT,
 ) -> None:
     """Write ``path``. ``data`` gives the bytes of each tensor as contiguous arrays, ``nbytes`` in all, in file order.
 
-    A bool is written as bool, an int as uint32 (as int32 in an array), a float as float32. ``progress`` is called with
-    the bytes of tensor data written so far.
+    Every tensor starts on a multiple of ``alignment``. A bool is written as bool, an int as uint32 (as int32 in an
+    array), a float as float32. ``progress`` is called with the bytes of tensor data written so far.
     """
     writer = GGUFWriter(path, arch)
+    if alignment != GGUF_DEFAULT_ALIGNMENT:
+        writer.add_custom_alignment(alignment)
     for key, value in metadata.items():
         _add(writer, key, value)
     for tensor in tensors:

@@ -6,7 +6,6 @@ import errno
 import mmap
 import os
 import random
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ _ALIGNMENT = 4096
 _ROUNDS = 5
 _ROUND_BYTES = 256 << 20
 _BUFFER_BYTES = 8 << 20
-_EXPERT_TENSOR = re.compile(r"blk\.[0-9]+\.ffn_(up|gate|down|gate_up)_(ch)?exps\.weight")
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,10 @@ class Bandwidth:
 def expert_slices(layouts: Sequence[Layout]) -> list[Slice]:
     """Every slice of every expert of a model, in file order; empty for a model without experts."""
     return [
-        Slice(
-            layout.path, tensor.start + index * (tensor.nbytes // tensor.shape[-1]), tensor.nbytes // tensor.shape[-1]
-        )
+        Slice(layout.path, tensor.start + index * tensor.slice_bytes, tensor.slice_bytes)
         for layout in layouts
         for tensor in layout.tensors.values()
-        if _EXPERT_TENSOR.fullmatch(tensor.name)
-        for index in range(tensor.shape[-1])
+        for index in range(tensor.experts)
     ]
 
 

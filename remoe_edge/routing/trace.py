@@ -19,7 +19,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -140,6 +140,36 @@ def save_trace(trace: Trace, path: Path, *, force: bool = False) -> None:
             member = zipfile.ZipInfo(f"{name}.npy")
             member.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(member, data.getvalue())
+
+
+def excerpt(trace: Trace, *, sequence: int = 0, tokens: int | None = None) -> Trace:
+    """The ``tokens`` tokens from the start of ``sequence`` on, across later sequences if it is shorter; all if None.
+
+    Sequences count from 0, negative ones from the end. ``meta`` says where the excerpt begins (``first_token``). Raises
+    RemoeError if there is no such sequence or there are too few tokens from there on.
+    """
+    sequences = len(trace.offs) - 1
+    if not -sequences <= sequence < sequences:
+        raise RemoeError(
+            f"{trace.origin}: has no sequence {sequence}, only 0 to {sequences - 1} (or -{sequences} to -1)"
+        )
+    start = int(trace.offs[sequence % sequences])
+    end = trace.tokens if tokens is None else start + tokens
+    if not start < end <= trace.tokens:
+        raise RemoeError(
+            f"{trace.origin}: has {trace.tokens - start} tokens from sequence {sequence} on, "
+            f"{'none' if tokens is None else tokens} of them cannot be taken"
+        )
+    if (start, end) == (0, trace.tokens):
+        return trace
+    inside = trace.offs[(trace.offs > start) & (trace.offs < end)]
+    return replace(
+        trace,
+        ids=trace.ids[start:end],
+        offs=np.concatenate([[start], inside, [end]]) - start,
+        meta={**trace.meta, "first_token": start + int(trace.meta.get("first_token") or 0)},
+        probs=None if trace.probs is None else trace.probs[start:end],
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from remoe_edge import __version__
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import atomic_output, refuse_existing
 from remoe_edge.gguf_io.blocks import Bytes, random_blocks
+from remoe_edge.gguf_io.layout import DEFAULT_ALIGNMENT, check_alignment
 from remoe_edge.gguf_io.stream import NewTensor, Piece, Value, write_gguf
 from remoe_edge.routing.shapes import ARCHITECTURES, ModelShape, Spec, metadata, tensors
 from remoe_edge.routing.trace import Trace
@@ -71,6 +72,7 @@ class Twin:
     shape: ModelShape
     quant: str
     seed: int
+    alignment: int
 
     @cached_property
     def tensors(self) -> list[NewTensor]:
@@ -78,8 +80,13 @@ class Twin:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data; the file is larger by its header, about 20 bytes per step."""
+        """Bytes of tensor data; the file is larger by `padding_bytes` and its header, about 20 bytes per step."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes between tensors, so that each starts on a multiple of ``alignment``."""
+        return sum(-tensor.nbytes % self.alignment for tensor in self.tensors)
 
     @cached_property
     def _specs(self) -> dict[str, Spec]:
@@ -209,6 +216,8 @@ class Twin:
         for key in ("model", "source", "licence", "phase"):
             if meta.get(key):
                 keys[f"remoe.twin.trace.{key}"] = str(meta[key])
+        if meta.get("first_token"):
+            keys["remoe.twin.trace.first_token"] = int(meta["first_token"])
         return keys
 
 
@@ -221,12 +230,16 @@ def plan_twin(
     quant: str = "Q4_0",
     layers: int | None = None,
     seed: int = 0,
+    alignment: int = DEFAULT_ALIGNMENT,
 ) -> Twin:
     """A twin of ``trace`` with experts of size ``ff`` and type ``quant``, replaying its first ``layers`` MoE layers.
 
-    The same arguments give the same file. Raises RemoeError if the trace has gaps, if hidden size, layers and experts
-    do not allow orthonormal router rows, or if the sizes fit neither the architecture nor the type.
+    Tensors start on multiples of ``alignment`` bytes in the file; so do the experts in them whose size is one. The same
+    arguments give the same file. Raises RemoeError if the trace has gaps, if hidden size, layers and experts do not
+    allow orthonormal router rows, if the sizes fit neither the architecture nor the type, or for an alignment that
+    `check_alignment` refuses.
     """
+    check_alignment(alignment)
     if arch not in ARCHITECTURES:
         raise RemoeError(f"no twins of architecture {arch!r}; use one of {', '.join(ARCHITECTURES)}")
     if quant not in QUANTS:
@@ -264,7 +277,7 @@ def plan_twin(
     for name, size in ("--hidden", hidden), ("--ff", ff):
         if size % block:
             raise RemoeError(f"{name} {size} is not a multiple of {block}, the block of {quant}")
-    return Twin(trace, shape, quant, seed)
+    return Twin(trace, shape, quant, seed, alignment)
 
 
 def write_twin(
@@ -277,12 +290,13 @@ def write_twin(
     refuse_existing(path, force)
     with atomic_output(path, force=force) as temporary:
         free = shutil.disk_usage(temporary.parent).free
-        if free < twin.nbytes:
+        need = twin.nbytes + twin.padding_bytes
+        if free < need:
             raise RemoeError(
-                f"{path} takes {format_size(twin.nbytes)}, but its filesystem has {format_size(free)} free; "
+                f"{path} takes {format_size(need)}, but its filesystem has {format_size(free)} free; "
                 "make room or choose a smaller --ff"
             )
-        write_gguf(temporary, twin.shape.arch, twin._metadata(), twin.tensors, twin._data, progress)
+        write_gguf(temporary, twin.shape.arch, twin._metadata(), twin.tensors, twin._data, progress, twin.alignment)
 
 
 def tensor_type(spec: Spec, quant: str) -> GGMLQuantizationType:
