@@ -6,10 +6,21 @@ from functools import partial
 from pathlib import Path
 
 from remoe_edge.errors import RemoeError
+from remoe_edge.power.ina3221 import Ina3221Source
+from remoe_edge.power.jtop import JtopSource
+from remoe_edge.power.nvml import NvmlSource
 from remoe_edge.power.powercap import PowercapSource
 from remoe_edge.power.source import NoSource, PowerSource, SensorError
+from remoe_edge.power.tegrastats import TegrastatsSource
 
 SOURCES = ("ina3221", "jtop", "tegrastats", "powercap", "nvml", "none")
+
+_PREFERENCE = (
+    ("ina3221", "the fastest sensor of the whole module"),
+    ("tegrastats", "no INA3221 in sysfs; tegrastats shows the whole module"),
+    ("jtop", "no INA3221 in sysfs and no tegrastats; jtop shows the whole module"),
+    ("powercap", "no Jetson sensor; these counters see the CPU package only"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,16 +49,22 @@ def find_source(name: str = "auto", root: Path = Path("/")) -> Choice:
         except SensorError as error:
             raise RemoeError(f"power source {name} does not work here: {error}") from error
     failures = []
-    for candidate in ("powercap",):
+    for candidate, why in _PREFERENCE:
         try:
             source = makers[candidate]()
         except SensorError as error:
             failures.append(f"{candidate}: {error}")
         else:
-            return Choice(source, "found")
+            return Choice(source, why)
     reason = "no power sensor works here (" + "; ".join(failures) + ")"
     return Choice(NoSource(reason), reason)
 
 
 def _makers(root: Path) -> dict[str, Callable[[], PowerSource]]:
-    return {"powercap": partial(PowercapSource, root)}
+    return {
+        "ina3221": partial(Ina3221Source, root),
+        "jtop": JtopSource,
+        "tegrastats": TegrastatsSource,
+        "powercap": partial(PowercapSource, root),
+        "nvml": NvmlSource,
+    }

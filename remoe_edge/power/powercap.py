@@ -5,7 +5,7 @@ They count CPU and, on some machines, memory; not the board, drives or GPU. Read
 Format: Documentation/power/powercap/powercap.rst of the Linux kernel.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from remoe_edge.power.source import PowerSource, SensorError
@@ -19,7 +19,7 @@ class _Zone:
     label: str
     range_uj: int
     last_uj: int | None = None
-    wrapped_uj: int = field(default=0)
+    wrapped_uj: int = 0
 
     def joules(self) -> float:
         now = _number(self.path / "energy_uj")

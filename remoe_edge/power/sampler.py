@@ -17,7 +17,7 @@ import numpy.typing as npt
 from remoe_edge.power.source import NoSource, PowerSource, SensorError
 
 _MAX_WATTS = 100_000.0
-_JOIN_S = 1.0
+_PATIENCE_PERIODS = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Recording:
     t_ns
         int64 [samples]: CLOCK_MONOTONIC, rising. The middle of a reading; the end of one that waits for its value.
     watts
-        float64 [samples], all finite and above zero. From a counter: the mean since the sample before.
+        float64 [samples], finite, and above zero unless from a counter, where it is the mean since the sample before.
     joules
         float64 [samples] of a counter; None of a sensor that gives watts.
     failed
@@ -73,10 +73,12 @@ class Sampler:
     called while the context is open, for what there is so far. The source is closed at the end of the context.
     """
 
-    def __init__(self, source: PowerSource, *, period_s: float | None = None) -> None:
-        """`period_s` overrides the period of the source."""
+    def __init__(self, source: PowerSource, *, period_s: float | None = None, patience_s: float = 1.0) -> None:
+        """`period_s` overrides the period of the source; a sensor that takes longer than `patience_s` has stalled."""
         self._source = source
         self._period_s = source.period_s if period_s is None else period_s
+        self._patience_s = max(patience_s, _PATIENCE_PERIODS * self._period_s)
+        self._final: Recording | None = None
         self._samples: list[tuple[int, float]] = []
         self._failed = 0
         self._reason: str | None = source.reason if isinstance(source, NoSource) else None
@@ -94,17 +96,22 @@ class Sampler:
     ) -> None:
         self._stop.set()
         if self._thread.ident is not None:
-            self._thread.join(_JOIN_S + self._period_s)
+            # A thread that the sensor holds up is left behind; it ends with the process at the latest.
+            self._thread.join(self._patience_s)
+        self._final = self._record()
 
     def recording(self) -> Recording:
         """What was sampled so far."""
+        return self._final or self._record()
+
+    def _record(self) -> Recording:
         samples = list(self._samples)
         t_ns = np.array([t for t, _ in samples], dtype=np.int64)
         values = np.array([value for _, value in samples], dtype=np.float64)
         joules = values if self._source.counter else None
         reason, asked = self._reason, self._asked_ns
-        if reason is None and asked and (waited := (time.monotonic_ns() - asked) / 1e9) > _JOIN_S:
-            reason = f"{self._source.sensor}: the sensor did not answer for {waited:.1f} s"
+        if reason is None and asked and (waited := (time.monotonic_ns() - asked) / 1e9) >= self._patience_s:
+            reason = self._stalled(waited)
         return Recording(
             source=self._source.name,
             sensor=self._source.sensor,
@@ -130,6 +137,9 @@ class Sampler:
         begin = self._asked_ns = time.monotonic_ns()
         try:
             value = float(self._source.read())
+            end = time.monotonic_ns()
+            if (waited := (end - begin) / 1e9) >= self._patience_s:
+                raise SensorError(self._stalled(waited))
             self._check(value)
         except Exception as error:  # whatever a sensor does, the run it accompanies goes on
             self._failed += 1
@@ -137,10 +147,12 @@ class Sampler:
             if self._source.paced:
                 self._stop.wait(self._period_s)
         else:
-            end = time.monotonic_ns()
             self._samples.append((end if self._source.paced else (begin + end) // 2, value))
         finally:
             self._asked_ns = 0
+
+    def _stalled(self, seconds: float) -> str:
+        return f"{self._source.sensor}: the sensor did not answer for {seconds:.1f} s"
 
     def _check(self, value: float) -> None:
         if self._source.counter:
