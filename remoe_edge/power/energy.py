@@ -81,8 +81,9 @@ def window_energy(recording: Recording, t0_ns: int, t1_ns: int) -> WindowEnergy:
 def _counted(recording: Recording, at: npt.NDArray[np.float64], moment: float) -> float:
     """A counter's joules at a moment; before the first and after the last sample, power is taken to stay."""
     assert recording.joules is not None
-    inside = float(np.interp(moment, at, recording.joules))
-    return inside + recording.watts[0] * min(0.0, moment - at[0]) + recording.watts[-1] * max(0.0, moment - at[-1])
+    inside = np.interp(moment, at, recording.joules)
+    before, after = min(0.0, moment - at[0]), max(0.0, moment - at[-1])
+    return float(inside + recording.watts[0] * before + recording.watts[-1] * after)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class PowercapSource(PowerSource):
 
 def _packages(folder: Path) -> list[_Zone]:
     """Top-level zones; those below a package are part of it. "psys" would count the packages a second time."""
-    zones = []
+    zones: list[_Zone] = []
     for path in sorted(folder.glob("*:*")):
         if path.name.count(":") != 1 or not (path / "energy_uj").exists():
             continue

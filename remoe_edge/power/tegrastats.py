@@ -91,7 +91,9 @@ class TegrastatsSource(PowerSource):
             rails = parse_line(self._line(_FIRST_LINE_S)).rails_w
             total = total_rails(rails)
             if total is None:
-                raise SensorError(f"{path} does not show the module's input (VDD_IN), only {', '.join(rails) or 'no'} rails")
+                raise SensorError(
+                    f"{path} does not show the module's input (VDD_IN), only {', '.join(rails) or 'no'} rails"
+                )
         except BaseException:
             self.close()
             raise
