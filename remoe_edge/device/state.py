@@ -88,7 +88,7 @@ def same_mode(before: Snapshot, after: Snapshot) -> str | None:
 
 
 def throttled(before: Snapshot, after: Snapshot) -> str | None:
-    """None if the hardware did not slow itself down between two snapshots, as far as it counts that; else what it did."""
+    """None if the hardware counted no throttling between two snapshots (or counts none); else what it counted."""
     was = before.get("throttle_counts") or {}
     risen = {
         name: count - was[name]
