@@ -220,7 +220,7 @@ def _cooling(root: Path) -> dict[str, int]:
     levels: dict[str, int] = {}
     for path in sorted((root / "sys/class/thermal").glob("cooling_device*")):
         level, name = number(path / "cur_state"), text(path / "type") or path.name
-        if level:
+        if level is not None and level > 0:
             levels[name] = max(level, levels.get(name, 0))
     return levels
 
