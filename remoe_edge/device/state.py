@@ -144,8 +144,8 @@ def _power_mode(root: Path) -> tuple[str | None, int | None]:
         if (root / program).exists():
             with suppress(OSError, subprocess.SubprocessError):
                 command = [str(root / program), "-q"]
-                answer = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_S, check=False).stdout
-                if match := _MODE.search(answer):
+                answer = subprocess.run(command, capture_output=True, timeout=_QUERY_S, check=False).stdout
+                if match := _MODE.search(answer.decode(errors="replace")):
                     return match[1], int(match[2]) if match[2] else None
     match = re.search(r"pmode:(\d+)", text(root / "var/lib/nvpmodel/status") or "")
     if match is None:
