@@ -29,6 +29,8 @@ SHAPES = [
     (512, 150),
 ]
 
+POLICIES = ("next-use", "lfu", "lru")
+
 BUDGETS = {"floor": K, "1/4": N_EXPERT // 4, "1/2": N_EXPERT // 2, "all": N_EXPERT}
 
 
@@ -78,22 +80,27 @@ def same_bits(a: Logits, b: Logits) -> bool:
 
 
 def test_logits_are_equal_to_the_bit(model: Path) -> None:
-    """Every budget, read mode and policy against the same kernels without the cache."""
-    with load_model(model, None, mmap=False, repack=False) as resident:
-        assert resident.kernels == "plain"
-        reference = evaluate_all(resident)
-    for logits, _, _ in reference.values():
-        assert np.isfinite(logits).all()
-        assert len(np.unique(logits.argmax(axis=1))) > 1, "a model that always says the same shows nothing"
+    """Every budget, read mode and policy, and reading ahead, against the same kernels without the cache."""
+    reference = {}
+    for repack in (False, True):
+        with load_model(model, None, mmap=False, repack=repack) as resident:
+            reference[repack] = evaluate_all(resident)
+        for logits, _, _ in reference[repack].values():
+            assert np.isfinite(logits).all()
+            assert len(np.unique(logits.argmax(axis=1))) > 1, "a model that always says the same shows nothing"
 
-    for budget, io, policy in itertools.product(BUDGETS, ("direct", "mmap"), ("lfu", "lru")):
-        with load_model(model, CacheConfig(f"{BUDGETS[budget]}s", policy, io), repack=False) as cached:
+    plain = itertools.product(BUDGETS, ("direct", "mmap"), POLICIES, [False], ["off"])
+    repacked = itertools.product(BUDGETS, ("direct", "mmap"), ["next-use"], [True], ["off", "router"])
+    for budget, io, policy, repack, prefetch in [*plain, *repacked]:
+        config = CacheConfig(f"{BUDGETS[budget]}s", policy, io, prefetch=prefetch)
+        with load_model(model, config, repack=repack) as cached:
             info = cached.info()
             assert info
-            assert (info.n_slots, info.policy, info.io, info.kernels) == (BUDGETS[budget], policy, io, "plain")
+            assert (info.n_slots, info.policy, info.io, info.prefetch) == (BUDGETS[budget], policy, io, prefetch)
+            assert info.kernels == "plain" or repack
             for shape, (logits, evictions, streamed) in evaluate_all(cached).items():
-                case = (*shape, budget, io, policy)
-                assert same_bits(reference[shape][0], logits), case
+                case = (*shape, budget, io, policy, repack, prefetch)
+                assert same_bits(reference[repack][shape][0], logits), case
                 assert (evictions > 0) == (budget != "all"), case
                 assert (streamed > 0) == (budget != "all" and shape[1] >= 64) or shape[1] == 7, case
 
