@@ -224,6 +224,10 @@ class Model:
         """Whether the model ends its generation with this token."""
         return bool(_llama().llama_vocab_is_eog(self._vocab, token))
 
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(_llama().llama_model_chat_template(self._model, None))
+
     def chat_prompt(self, text: str) -> str:
         """`text` as the message of a user, in the model's own chat template. Raises RemoeError if it has none."""
         template = _llama().llama_model_chat_template(self._model, None)

@@ -1,0 +1,110 @@
+"""What a benchmark compares, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from remoe_edge.measure.workloads import Workload
+from remoe_edge.runtime.llama import CacheConfig
+
+BASELINES = ("mmap", "resident")
+PAGE_CACHES = ("cold", "warm")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare.
+
+    Attributes
+    ----------
+    models
+        GGUFs, each measured in every way.
+    workload
+        Prompts that every arm decodes, each in a process of its own.
+    n_gen
+        Tokens to choose after each prompt; the model's end token does not end it.
+    budgets
+        Of the expert cache: bytes ("880MiB"), slots per layer ("16s"), or "auto".
+    policies, read_modes, cache_threads
+        Of the expert cache, as in `CacheConfig`; every budget is measured with every policy and read mode.
+    baselines
+        "mmap": stock llama.cpp, experts in the page cache. "resident": all experts in memory, without a memory limit.
+        Both use the kernels of the cache, which does not repack expert weights.
+    repack
+        A second resident row, with the kernels that stock llama.cpp chooses for this CPU.
+    memory_limit
+        Bytes that runs other than resident ones may take, page cache included.
+    page_cache
+        State before each run: "cold", dropped where permitted; "warm", the model's files read through once.
+    """
+
+    models: Sequence[Path]
+    workload: Workload
+    n_gen: int
+    n_threads: int
+    budgets: Sequence[str] = ("auto",)
+    baselines: Sequence[str] = ()
+    repack: bool = False
+    repetitions: int = 1
+    memory_limit: int | None = None
+    policies: Sequence[str | None] = (None,)
+    read_modes: Sequence[str | None] = (None,)
+    cache_threads: int | None = None
+    page_cache: str = "cold"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to hold the experts of one model. `budget`, `policy` and `read_mode` are None except for "cache"."""
+
+    name: str
+    model: Path
+    budget: str | None = None
+    policy: str | None = None
+    read_mode: str | None = None
+    repack: bool = False
+
+    @property
+    def label(self) -> str:
+        parts = (self.name, self.budget, self.policy, self.read_mode, "repacked" if self.repack else None)
+        return f"{self.model.name}, {' '.join(part for part in parts if part)}"
+
+    def cache(self, threads: int | None) -> CacheConfig:
+        if self.budget is None:
+            return CacheConfig("off")
+        return CacheConfig(self.budget, self.policy, self.read_mode, threads)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One run to make: indices of the arm and of the prompt, and the repetition."""
+
+    arm: int
+    prompt: int
+    repetition: int
+
+
+def plan_arms(options: Options) -> list[Arm]:
+    """The arms of all models, by model."""
+    arms = []
+    for model in options.models:
+        ways = product(options.budgets, options.policies, options.read_modes)
+        arms += [Arm("cache", model, budget, policy, read_mode) for budget, policy, read_mode in ways]
+        arms += [Arm(name, model) for name in options.baselines]
+        if options.repack:
+            arms.append(Arm("resident", model, repack=True))
+    return list(dict.fromkeys(arms))
+
+
+def schedule(arms: int, prompts: int, repetitions: int) -> Iterator[Turn]:
+    """All runs. Arms take turns on each prompt, every other time in reverse (ABBA).
+
+    What drifts, such as heat or other load, then touches all arms alike.
+    """
+    for block, (repetition, prompt) in enumerate(product(range(repetitions), range(prompts))):
+        order = range(arms) if block % 2 == 0 else range(arms)[::-1]
+        for arm in order:
+            yield Turn(arm, prompt, repetition)

@@ -1,0 +1,371 @@
+"""Result rows: one for each arm, a superset of llama-bench's fields.
+
+TPOT = (time of the last token - time of the first token) / (tokens - 1), per run; of a repetition, the mean over its
+prompts; of a row, the median over repetitions.
+
+Physical limit: T >= max(T_resident, demand bytes per token / storage bandwidth), all measured in the same benchmark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from remoe_edge.errors import RemoeError
+from remoe_edge.measure.arms import Arm, Options
+from remoe_edge.measure.journal import Record
+from remoe_edge.measure.stats import Ratio, bootstrap_ci95, paired_ratio
+from remoe_edge.measure.storage import Bandwidth
+from remoe_edge.measure.worker import DecodeRun, Job
+from remoe_edge.measure.workloads import Workload
+from remoe_edge.runtime.wheel import installed_manifest
+
+Row = dict[str, Any]
+
+TPOT_FORMULA = "TPOT = (last - first token) / (n - 1)"
+
+
+def make_row(
+    arm: Arm, options: Options, records: Sequence[Record], fingerprint: str, probes: Sequence[Bandwidth]
+) -> Row:
+    """The row of an arm from its runs, and from all measurements of its model's storage."""
+    failed = [record for record in records if record.run is None]
+    bad = failed or [record for record in records if record.status != "ok"]
+    measured = [] if failed else records
+    probe = probes[0] if probes else None
+    workload = options.workload
+    last = records[-1] if records else None
+    return {
+        **_llama_bench_fields(arm, options, measured, records[0].started if records else ""),
+        "arm": arm.name,
+        "status": bad[0].status if bad else "ok",
+        "reason": bad[0].reason if bad else None,
+        "model_path": str(arm.model),
+        "model_fingerprint": fingerprint,
+        "budget": arm.budget,
+        "repetitions": len({record.turn.repetition for record in measured}),
+        "workload": workload.name,
+        "prompts": [prompt.name for prompt in workload.prompts],
+        "prompts_sha256": workload.sha256,
+        "prompt": workload.prompts[0].text if len(workload.prompts) == 1 else None,
+        "memory_limit_bytes": last.memory_limit if last else None,
+        "cgroup": last.cgroup if last else None,
+        "page_cache": last.page_cache if last else None,
+        "storage_bytes_per_s": statistics.median(each.bytes_per_s for each in probes) if probes else None,
+        "storage_read_bytes": probe.read_bytes if probe else None,
+        "storage_depth": probe.depth if probe else None,
+        "storage_direct": probe.direct if probe else None,
+        **runtime_fields(),
+        **summarize(measured),
+        "outputs": _outputs(measured, workload),
+        "samples": [_sample(record, workload) for record in measured],
+    }
+
+
+def summarize(records: Sequence[Record]) -> Row:
+    """What the runs of an arm gave, without failed ones; all None without any."""
+    runs = [record.run for record in records if record.run]
+    first = runs[0] if runs else None
+    info = first.info if first else None
+    tpots = _repetition_tpots(records)
+    gaps = np.concatenate([np.diff(run.token_ns) for run in runs]) / 1e6 if runs else None
+    steps = sum(run.n_gen - 1 for run in runs)
+    decodes = [run.decode for run in runs if run.decode]
+    looked_up = sum(stats.hits + stats.misses for stats in decodes)
+    reads = [run.read_bytes for run in runs]
+    tpot = statistics.median(tpots) if runs else None
+
+    def per_token(total: float) -> float | None:
+        return total / steps if steps else None
+
+    fetched = per_token(sum(read for read in reads if read is not None)) if None not in reads else None
+    return {
+        "budget_bytes": info.budget if info else None,
+        "budget_used_bytes": info.used if info else None,
+        "budget_floor_bytes": info.floor if info else None,
+        "n_slots": info.n_slots if info else None,
+        "policy": info.policy if info else None,
+        "read_mode": info.io if info else None,
+        "cache_threads": info.n_threads if info else None,
+        "kernels": first.kernels if first else None,
+        "chat_template": any(run.chat_template for run in runs) if runs else None,
+        "ttft_ms": statistics.median(run.token_ns[0] for run in runs) / 1e6 if runs else None,
+        "tpot_ms": tpot,
+        "tpot_ms_mean": statistics.mean(tpots) if runs else None,
+        "tpot_ms_ci95": bootstrap_ci95(tpots),
+        "tokens_per_s": 1e3 / tpot if tpot else None,
+        **{f"itl_ms_p{p}": float(np.percentile(gaps, p)) if gaps is not None else None for p in (50, 95, 99)},
+        "itl_ms_max": float(gaps.max()) if gaps is not None else None,
+        "itl_ms_mean": float(gaps.mean()) if gaps is not None else None,
+        # Within the token times: reading the clock. Beside them, while the clock stands still: counters and hashes.
+        "timer_overhead": statistics.mean(run.timer_ns for run in runs) / (tpot * 1e6) if tpot else None,
+        "pause_ms_per_token": sum(sum(run.pause_ns) for run in runs) / 1e6 / sum(run.n_gen for run in runs)
+        if runs
+        else None,
+        "hit_rate": sum(stats.hits for stats in decodes) / looked_up if looked_up else None,
+        "layer_hit_rate": _layer_hit_rate(runs),
+        # The cache counts what it reads. Of the others the kernel knows what it fetched from storage for the process.
+        "bytes_per_token": per_token(sum(stats.bytes_demand + stats.bytes_prefetch for stats in decodes))
+        if decodes
+        else fetched,
+        "demand_bytes_per_token": per_token(sum(stats.bytes_demand for stats in decodes)) if decodes else None,
+        "storage_bytes_per_token": fetched,
+        "stall_ms_per_token": per_token(sum(stats.stall_ns for stats in decodes) / 1e6) if decodes else None,
+        "major_faults_per_token": per_token(sum(run.major_faults for run in runs)),
+        "peak_memory_bytes": max(record.peak for record in records) if runs else None,
+        "memory_bytes": first.memory if first else None,
+        "limit_ms": None,
+        "limit_ratio": None,
+        "paired_ratios": {},
+        "joules_per_token": None,
+        "output_sha256": _common_hash(records, "output_sha256"),
+        "logits_sha256": _common_hash(records, "logits_sha256"),
+    }
+
+
+def tpot_ns(token_ns: Sequence[int]) -> float:
+    """Time per output token from the times of at least two tokens: (last - first) / (n - 1)."""
+    return (token_ns[-1] - token_ns[0]) / (len(token_ns) - 1)
+
+
+def _repetition_tpots(records: Sequence[Record]) -> list[float]:
+    """TPOT in milliseconds of each repetition: the mean over its prompts."""
+    repetitions: dict[int, list[float]] = {}
+    for record in records:
+        if record.run:
+            repetitions.setdefault(record.turn.repetition, []).append(tpot_ns(record.run.token_ns) / 1e6)
+    return [statistics.mean(tpots) for tpots in repetitions.values()]
+
+
+def _layer_hit_rate(runs: Sequence[DecodeRun]) -> list[float | None] | None:
+    layers = [run.layers for run in runs if run.layers]
+    if not layers:
+        return None
+    hits = np.sum([each.hits for each in layers], axis=0)
+    looked_up = hits + np.sum([each.misses for each in layers], axis=0)
+    return [float(hit / total) if total else None for hit, total in zip(hits, looked_up, strict=True)]
+
+
+def _common_hash(records: Sequence[Record], name: str) -> str | None:
+    """The hash of what was put out; of several prompts, that of their hashes.
+
+    Exact output means that repetitions agree; a hash that does not hold for all of them is none.
+    """
+    prompts: dict[int, set[str]] = {}
+    for record in records:
+        if record.run:
+            prompts.setdefault(record.turn.prompt, set()).add(getattr(record.run, name))
+    if not prompts or any(len(hashes) > 1 for hashes in prompts.values()):
+        return None
+    hashes = [prompts[index].copy().pop() for index in sorted(prompts)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _outputs(records: Sequence[Record], workload: Workload) -> list[Row]:
+    """What was put out after each prompt, of the first repetition."""
+    return [
+        {
+            "prompt": workload.prompts[record.turn.prompt].name,
+            "n_prompt": record.run.n_prompt,
+            "text": record.run.text,
+            "sha256": record.run.output_sha256,
+        }
+        for record in records
+        if record.run and record.turn.repetition == 0
+    ]
+
+
+def _sample(record: Record, workload: Workload) -> Row:
+    """One run, with what happened at each token."""
+    run = record.run
+    assert run is not None
+    return {
+        "prompt": workload.prompts[record.turn.prompt].name,
+        "repetition": record.turn.repetition,
+        "started": record.started,
+        "ttft_ns": run.token_ns[0],
+        "itl_ns": np.diff(run.token_ns).tolist(),
+        **{
+            name: getattr(run.tokens, name) if run.tokens else None
+            for name in ("hits", "misses", "bytes", "stall_ns", "major_faults", "read_bytes")
+        },
+        "layer_hits": run.layers.hits if run.layers else None,
+        "layer_misses": run.layers.misses if run.layers else None,
+        "peak_memory_bytes": record.peak,
+        "storage_bytes_per_s": record.storage.bytes_per_s if record.storage else None,
+        "energy": record.energy,
+        "power": record.power,
+        "state": record.state,
+    }
+
+
+def add_limits(rows: Sequence[Row]) -> None:
+    """Fill in the physical limit of each row whose model has a resident row with the same kernels.
+
+    A row of the "mmap" arm has none: nothing counts which of the bytes it read were needed.
+    """
+    resident = {
+        row["model_path"]: row["tpot_ms"] for row in rows if row["arm"] == "resident" and row["kernels"] == "plain"
+    }
+    for row in rows:
+        floor = resident.get(row["model_path"])
+        if floor is None or row["tpot_ms"] is None or row["arm"] == "mmap":
+            continue
+        if row["arm"] == "cache":
+            if row["storage_bytes_per_s"] is None:
+                continue
+            floor = max(floor, row["demand_bytes_per_token"] / row["storage_bytes_per_s"] * 1e3)
+        elif row["kernels"] != "plain":
+            continue
+        row["limit_ms"] = floor
+        row["limit_ratio"] = row["tpot_ms"] / floor
+
+
+def add_ratios(rows: Sequence[Row]) -> None:
+    """Fill in how each row's TPOT compares with that of other arms, run by run: above 1 it takes longer.
+
+    The others are stock mmap, resident with the same kernels as the cache, and for a second model the same arm of the
+    first ("base").
+    """
+    for row in rows:
+        for name, other in _references(row, rows).items():
+            ratio = run_ratio(row, other)
+            if ratio is not None:
+                row["paired_ratios"][name] = {"ratio": ratio.ratio, "ci95": ratio.ci95, "pairs": ratio.pairs}
+
+
+def run_ratio(row: Row, other: Row) -> Ratio | None:
+    """TPOT of one row over that of another, over runs of the same prompt and repetition."""
+    return paired_ratio(run_tpots(row), run_tpots(other))
+
+
+def run_tpots(row: Row) -> dict[tuple[str, int], float]:
+    """TPOT in milliseconds of every run of a row, by prompt and repetition."""
+    return {
+        (sample["prompt"], sample["repetition"]): statistics.mean(sample["itl_ns"]) / 1e6 for sample in row["samples"]
+    }
+
+
+def _references(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
+    found = {}
+    base = next((each["model_path"] for each in rows if each["status"] == "ok"), None)
+    for other in rows:
+        if other is row:
+            continue
+        same_model = other["model_path"] == row["model_path"]
+        if same_model and (other["arm"] == "mmap" or (other["arm"] == "resident" and other["kernels"] == "plain")):
+            found[other["arm"]] = other
+        elif not same_model and other["model_path"] == base and arm_key(other) == arm_key(row):
+            found["base"] = other
+    return found
+
+
+def arm_key(row: Row) -> tuple[Any, ...]:
+    """What makes rows of different models or benchmarks comparable: the same way to hold the experts."""
+    return tuple(row[name] for name in ("arm", "budget", "policy", "read_mode", "repack"))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows from a JSONL file or a JSON array, as `bench` writes them. Raises RemoeError if it is neither."""
+    try:
+        content = path.read_text(encoding="utf-8")
+        if content.lstrip().startswith("["):
+            rows = json.loads(content)
+        else:
+            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+    except (ValueError, OSError) as error:
+        raise RemoeError(f"{path}: cannot be read as JSONL: {error}") from error
+    if not rows:
+        raise RemoeError(f"{path}: holds no rows")
+    for number, row in enumerate(rows, start=1):
+        missing = [name for name in ("arm", "status", "tpot_ms", "samples") if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise RemoeError(
+                f"{path}, row {number}: has no field {missing[0]!r}; give a file that `remoe-edge bench` wrote"
+            )
+    return list(rows)
+
+
+@cache
+def runtime_fields() -> Mapping[str, str | None]:
+    manifest = installed_manifest()
+    return {
+        "runtime_key": manifest.key if manifest else None,
+        "patch_hash": manifest.patches if manifest else None,
+        "llama_cpp_commit": manifest.llama_cpp if manifest else None,
+        "device": f"{cpu_name()} ({platform.machine()})",
+    }
+
+
+def cpu_name() -> str:
+    """The board's name where the firmware tells it, as on a Jetson, else the processor's."""
+    board = Path("/proc/device-tree/model")
+    if board.exists():
+        return board.read_text().rstrip("\0")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown CPU")
+
+
+def _llama_bench_fields(arm: Arm, options: Options, records: Sequence[Record], started: str) -> Row:
+    """The fields of llama-bench, so that tools made for it can read our rows: one test of prompt and generation."""
+    runs = [record.run for record in records if record.run]
+    first = runs[0] if runs else None
+    job = Job.__dataclass_fields__
+    samples = [run.token_ns[-1] for run in runs]
+    speeds = [(run.n_prompt + run.n_gen) / run.token_ns[-1] * 1e9 for run in runs]
+    return {
+        "build_commit": runtime_fields()["llama_cpp_commit"] or "unknown",
+        "build_number": 0,
+        "cpu_info": cpu_name(),
+        "gpu_info": "",
+        "backends": "CPU",
+        "model_filename": str(arm.model),
+        "model_type": first.model_description if first else None,
+        "model_size": first.model_bytes if first else None,
+        "model_n_params": first.model_params if first else None,
+        "n_batch": job["n_batch"].default,
+        "n_ubatch": job["n_ubatch"].default,
+        "n_threads": options.n_threads,
+        "cpu_mask": "0x0",
+        "cpu_strict": False,
+        "poll": 50,
+        "type_k": "f16",
+        "type_v": "f16",
+        "n_gpu_layers": 0,
+        "n_cpu_moe": 0,
+        "split_mode": "layer",
+        "main_gpu": 0,
+        "no_kv_offload": False,
+        "flash_attn": -1,
+        "devices": "auto",
+        "tensor_split": "0.00",
+        "tensor_buft_overrides": "none",
+        "load_mode": "mmap" if arm.name == "mmap" else "none",
+        "lazy_mode": "auto",
+        "embeddings": False,
+        "no_op_offload": 0,
+        "no_host": False,
+        "repack": arm.repack,
+        "fit_target": 0,
+        "fit_min_ctx": 0,
+        # Of several prompts, the mean.
+        "n_prompt": round(statistics.mean(run.n_prompt for run in runs)) if runs else None,
+        "n_gen": options.n_gen,
+        "n_depth": 0,
+        "test_time": started,
+        "avg_ns": round(statistics.mean(samples)) if samples else None,
+        "stddev_ns": round(statistics.stdev(samples)) if len(samples) > 1 else 0,
+        "avg_ts": statistics.mean(speeds) if speeds else None,
+        "stddev_ts": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+        "samples_ns": samples,
+        "samples_ts": speeds,
+    }
