@@ -1,0 +1,1 @@
+"""Power sensors, a thread that samples one, and energy from its samples."""
