@@ -61,7 +61,9 @@ class Page:
 
     def show(self, path: Path, *, width: int, dark: bool = False) -> None:
         """Open a file in a window of this width, in CSS pixels."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=2, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=2, mobile=width < 600
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self._loaded = False
@@ -108,8 +110,8 @@ def open_browser(executable: str) -> Iterator[Page]:
         answer_out, answer_in = os.pipe()
         script = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'
         process = subprocess.Popen(
-            ["/bin/bash", "-c", script, "bash", str(command_out), str(answer_in)]
-            + [executable, *_FLAGS, f"--user-data-dir={profile}"],
+            ["/bin/bash", "-c", script, "bash", str(command_out), str(answer_in), executable, *_FLAGS]
+            + [f"--user-data-dir={profile}"],
             pass_fds=(command_out, answer_in),
             stderr=subprocess.DEVNULL,
             start_new_session=True,

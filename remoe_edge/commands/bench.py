@@ -17,8 +17,9 @@ from remoe_edge.measure.bench import bench
 from remoe_edge.measure.journal import journal_path, refuse_interrupted
 from remoe_edge.measure.rows import TPOT_FORMULA, Row
 from remoe_edge.measure.workloads import PACKAGED, Workload, load_workload, single_prompt
-from remoe_edge.report.labels import arm_name
+from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
+from remoe_edge.report.labels import arm_name
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import default_threads
 from remoe_edge.sizes import format_size, parse_size
@@ -90,6 +91,22 @@ _TABLE_WIDTH = 160
     show_default=True,
     help="Before each run: dropped where permitted, or filled by reading the model through.",
 )
+@click.option(
+    "--power",
+    metavar="SENSOR",
+    type=click.Choice(["auto", *SOURCES]),
+    default="auto",
+    show_default=True,
+    help=f"Power sensor: auto, {', '.join(SOURCES)}.",
+)
+@click.option(
+    "--cool-down",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=60,
+    show_default=True,
+    help="Before each run, wait at most so long for the temperature that the chip had before the first.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the rows on stdout as one JSON array instead of JSONL.")
 def command(
     models: tuple[Path, ...],
@@ -110,6 +127,8 @@ def command(
     read_modes: tuple[str, ...],
     cache_threads: int | None,
     page_cache: str,
+    power: str,
+    cool_down: float,
     as_json: bool,
 ) -> None:
     """Measure decoding: TPOT, reads, stalls and memory at each budget, beside stock llama.cpp.
@@ -157,6 +176,8 @@ def command(
         read_modes=read_modes or (None,),
         cache_threads=cache_threads,
         page_cache=page_cache,
+        power=power,
+        cool_down_s=cool_down,
     )
     journal = journal_path(output) if output else None
     try:
@@ -165,7 +186,9 @@ def command(
             result = bench(options, report, journal=journal, resume=resume)
     except (KeyboardInterrupt, SystemExit):
         if journal and journal.exists():
-            click.echo(f"Interrupted; the runs so far are in {journal}: the same command with --resume goes on", err=True)
+            click.echo(
+                f"Interrupted; the runs so far are in {journal}: go on with the same command and --resume", err=True
+            )
         raise
     lines = "".join(json.dumps(row) + "\n" for row in result.rows)
     if output is not None:
@@ -206,7 +229,7 @@ def print_table(rows: list[Row], notes: list[str]) -> None:
     table = Table(caption=f"{TPOT_FORMULA}, median over repetitions [95 % interval]")
     for name in ("model", "arm", "budget"):
         table.add_column(name, overflow="fold")
-    for name in ("TPOT ms", "p95 ms", "TTFT ms", "hits", "MB/token", "stall ms", "peak memory", "x limit"):
+    for name in ("TPOT ms", "p95 ms", "TTFT ms", "hits", "MB/token", "stall ms", "peak memory", "J/token", "x limit"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row, rows))
@@ -239,6 +262,7 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
         _text(row["bytes_per_token"], ".1f", 1e-6),
         _text(row["stall_ms_per_token"], ".1f"),
         format_size(row["peak_memory_bytes"]),
+        _text(row["joules_per_token"], ".3g"),
         _text(row["limit_ratio"], ".2f"),
     ]
 

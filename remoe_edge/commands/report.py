@@ -17,7 +17,11 @@ _FORMATS = {".html": "html", ".htm": "html", ".png": "png", ".md": "markdown", "
 
 @click.command("report")
 @click.argument(
-    "results", metavar="RESULTS...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
+    "results",
+    metavar="RESULTS...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
 )
 @click.option(
     "-o",

@@ -39,6 +39,10 @@ class Options:
         Bytes that runs other than resident ones may take, page cache included.
     page_cache
         State before each run: "cold", dropped where permitted; "warm", the model's files read through once.
+    power
+        Sensor, as in `find_source`.
+    cool_down_s
+        Longest wait before a run for the chip to be about as cool as before the first; 0 does not wait.
     """
 
     models: Sequence[Path]
@@ -54,6 +58,8 @@ class Options:
     read_modes: Sequence[str | None] = (None,)
     cache_threads: int | None = None
     page_cache: str = "cold"
+    power: str = "auto"
+    cool_down_s: float = 60.0
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from remoe_edge.gguf_io.layout import Layout, read_model
 from remoe_edge.measure.arms import Arm, Options, Turn, plan_arms, schedule
 from remoe_edge.measure.cgroup import CgroupUnavailableError, MemoryGroup, memory_group
 from remoe_edge.measure.journal import Journal, Record, open_journal
+from remoe_edge.measure.llama_bench import runtime_fields
 from remoe_edge.measure.pagecache import drop_page_cache
-from remoe_edge.measure.rows import Row, add_limits, add_ratios, make_row, runtime_fields
+from remoe_edge.measure.rows import Row, add_limits, add_ratios, make_row
 from remoe_edge.measure.storage import Bandwidth, expert_slices, measure_bandwidth
+from remoe_edge.measure.watch import Watch
 from remoe_edge.measure.worker import DecodeFailedError, DecodeRun, Job, decode_in_process
 from remoe_edge.progress import Report, silent
 
@@ -52,15 +54,17 @@ def bench(options: Options, report: Report = silent, *, journal: Path | None = N
         done = {record.turn for record in kept.records}
         failed = {record.turn.arm for record in kept.records if record.run is None}
         pace = _Pace(turns, kept.records)
-        for turn in turns:
-            if turn in done or turn.arm in failed:
-                continue
-            arm = arms[turn.arm]
-            record = _measure(arm, turn, options, layouts[arm.model], pace.reporter(turn, arm.label, report))
-            kept.append(record)
-            pace.add(turn.arm, record.seconds)
-            if record.run is None:
-                failed.add(turn.arm)
+        with Watch(options.power, options.cool_down_s, _reference(kept.records)) as watch:
+            for turn in turns:
+                if turn in done or turn.arm in failed:
+                    continue
+                arm = arms[turn.arm]
+                progress = pace.reporter(turn, arm.label, report)
+                record = _measure(arm, turn, options, layouts[arm.model], watch, progress)
+                kept.append(record)
+                pace.add(turn.arm, record.seconds)
+                if record.run is None:
+                    failed.add(turn.arm)
         records = kept.records
     rows = []
     for model in options.models:
@@ -88,6 +92,7 @@ def _plan(options: Options, arms: Sequence[Arm], fingerprints: list[str]) -> dic
         "number of repetitions (-r)": options.repetitions,
         "memory limit": options.memory_limit,
         "page cache state": options.page_cache,
+        "power sensor": options.power,
         "number of reader threads": options.cache_threads,
         "runtime": runtime_fields()["runtime_key"],
         "device": runtime_fields()["device"],
@@ -120,8 +125,19 @@ class _Pace:
         return statistics.mean(known) if known else 1.0
 
 
+def _reference(records: Sequence[Record]) -> tuple[dict[str, Any], float | None] | None:
+    """State and temperature of the machine before the first of these runs."""
+    states = [record.state for record in records if record.state]
+    return (states[0]["before"], states[0]["temperature_c"][0]) if states else None
+
+
 def _measure(
-    arm: Arm, turn: Turn, options: Options, layouts: Sequence[Layout], progress: Callable[[float], None]
+    arm: Arm,
+    turn: Turn,
+    options: Options,
+    layouts: Sequence[Layout],
+    watch: Watch,
+    progress: Callable[[float], None],
 ) -> Record:
     """One run of an arm, and of the storage if it depends on that."""
     begin = time.monotonic()
@@ -146,6 +162,8 @@ def _measure(
     page_cache = drop_page_cache(files)
     if page_cache != "dropped" and not warm:
         notes.append(f"the page cache could not be dropped before each run (state: {page_cache}); run as root")
+    before = watch.before(lambda: progress(0))
+    notes += [before.note] if before.note else []
     limit = None if arm.name == "resident" else options.memory_limit
     status, reason, run, peak, storage = "ok", None, None, 0, None
     with _group(limit, notes) as group:
@@ -153,6 +171,9 @@ def _measure(
             run, peak = decode_in_process(job, group, progress)
         except DecodeFailedError as failure:
             status, reason = failure.status, str(failure)
+    seen = watch.after(before, run)
+    if run is not None and seen.invalid:
+        status, reason = "invalid", seen.invalid
     if arm.name == "cache":
         # The speed of shared storage changes by the minute: it is measured beside every run that depends on it.
         storage = next(iter(_probe(layouts, run)), None)
@@ -168,6 +189,9 @@ def _measure(
         started=started,
         seconds=time.monotonic() - begin,
         storage=storage,
+        energy=seen.energy,
+        power=seen.power,
+        state=seen.state,
         notes=tuple(notes),
     )
 

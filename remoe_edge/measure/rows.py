@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import statistics
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,16 @@ import numpy as np
 from remoe_edge.errors import RemoeError
 from remoe_edge.measure.arms import Arm, Options
 from remoe_edge.measure.journal import Record
+from remoe_edge.measure.llama_bench import llama_bench_fields, runtime_fields
 from remoe_edge.measure.stats import Ratio, bootstrap_ci95, paired_ratio
 from remoe_edge.measure.storage import Bandwidth
-from remoe_edge.measure.worker import DecodeRun, Job
+from remoe_edge.measure.worker import DecodeRun
 from remoe_edge.measure.workloads import Workload
-from remoe_edge.runtime.wheel import installed_manifest
 
 Row = dict[str, Any]
+
+# Files of an earlier version lack these.
+_NEEDED = ("arm", "status", "tpot_ms", "samples", "outputs", "paired_ratios", "prompts_sha256")
 
 TPOT_FORMULA = "TPOT = (last - first token) / (n - 1)"
 
@@ -44,7 +45,7 @@ def make_row(
     workload = options.workload
     last = records[-1] if records else None
     return {
-        **_llama_bench_fields(arm, options, measured, records[0].started if records else ""),
+        **llama_bench_fields(arm, options, measured, records[0].started if records else ""),
         "arm": arm.name,
         "status": bad[0].status if bad else "ok",
         "reason": bad[0].reason if bad else None,
@@ -65,6 +66,7 @@ def make_row(
         "storage_direct": probe.direct if probe else None,
         **runtime_fields(),
         **summarize(measured),
+        **_device_state(measured),
         "outputs": _outputs(measured, workload),
         "samples": [_sample(record, workload) for record in measured],
     }
@@ -125,7 +127,7 @@ def summarize(records: Sequence[Record]) -> Row:
         "limit_ms": None,
         "limit_ratio": None,
         "paired_ratios": {},
-        "joules_per_token": None,
+        **_energy(records),
         "output_sha256": _common_hash(records, "output_sha256"),
         "logits_sha256": _common_hash(records, "logits_sha256"),
     }
@@ -169,6 +171,58 @@ def _common_hash(records: Sequence[Record], name: str) -> str | None:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+_ENERGY_MEANS = (
+    "power_w_mean",
+    "power_w_idle",
+    "energy_prefill_j",
+    "energy_decode_j",
+    "joules_per_token",
+    "joules_per_token_above_idle",
+)
+
+
+def _energy(records: Sequence[Record]) -> Row:
+    """Energy over the runs: means of what was measured; None where nothing was."""
+    runs = [record.energy for record in records if record.energy]
+    known = [run for run in runs if run["joules_per_token"] is not None]
+
+    def values(name: str) -> list[float]:
+        return [run[name] for run in runs if run[name] is not None]
+
+    statuses = {run["power_status"] for run in runs}
+    status = "not measured" if not known else "measured" if statuses == {"measured"} else "partial"
+    first = runs[0] if runs else None
+    return {
+        "power_source": first["power_source"] if first else None,
+        "power_sensor": first["power_sensor"] if first else None,
+        "power_hz": first["power_hz"] if first else None,
+        "power_status": status,
+        "power_reason": next((run["power_reason"] for run in runs if run["power_reason"]), None),
+        "power_samples": sum(run["power_samples"] for run in runs),
+        "power_gap_ms_max": max(values("power_gap_ms_max"), default=None),
+        "power_w_max": max(values("power_w_max"), default=None),
+        **{name: statistics.mean(values(name)) if values(name) else None for name in _ENERGY_MEANS},
+        "joules_per_token_ci95": bootstrap_ci95(values("joules_per_token"), mean=True),
+    }
+
+
+def _device_state(records: Sequence[Record]) -> Row:
+    """Power mode, clocks and so on: as the first run began, with what the others add."""
+    states = [record.state for record in records if record.state]
+    first = states[0]["before"] if states else {}
+    degrees = [value for state in states for value in state["temperature_c"] if value is not None]
+    return {
+        "power_mode": first.get("power_mode"),
+        "power_mode_id": first.get("power_mode_id"),
+        "jetson_clocks": first.get("jetson_clocks"),
+        "temperature_c_max": max(degrees, default=None),
+        "throttled": next((state["throttled"] for state in states if state["throttled"]), None),
+        "cooled_down_s": sum(state["cooled_down_s"] for state in states),
+        "device_state": first or None,
+        "device_state_after": states[-1]["after"] if states else None,
+    }
+
+
 def _outputs(records: Sequence[Record], workload: Workload) -> list[Row]:
     """What was put out after each prompt, of the first repetition."""
     return [
@@ -201,9 +255,11 @@ def _sample(record: Record, workload: Workload) -> Row:
         "layer_misses": run.layers.misses if run.layers else None,
         "peak_memory_bytes": record.peak,
         "storage_bytes_per_s": record.storage.bytes_per_s if record.storage else None,
-        "energy": record.energy,
+        # Without any sample, the row says why.
+        "energy": record.energy if record.energy and record.energy["power_samples"] else None,
         "power": record.power,
-        "state": record.state,
+        "temperature_c": record.state["temperature_c"] if record.state else None,
+        "status": record.status,
     }
 
 
@@ -286,86 +342,9 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise RemoeError(f"{path}: holds no rows")
     for number, row in enumerate(rows, start=1):
-        missing = [name for name in ("arm", "status", "tpot_ms", "samples") if not isinstance(row, dict) or name not in row]
+        missing = [name for name in _NEEDED if not isinstance(row, dict) or name not in row]
         if missing:
             raise RemoeError(
                 f"{path}, row {number}: has no field {missing[0]!r}; give a file that `remoe-edge bench` wrote"
             )
     return list(rows)
-
-
-@cache
-def runtime_fields() -> Mapping[str, str | None]:
-    manifest = installed_manifest()
-    return {
-        "runtime_key": manifest.key if manifest else None,
-        "patch_hash": manifest.patches if manifest else None,
-        "llama_cpp_commit": manifest.llama_cpp if manifest else None,
-        "device": f"{cpu_name()} ({platform.machine()})",
-    }
-
-
-def cpu_name() -> str:
-    """The board's name where the firmware tells it, as on a Jetson, else the processor's."""
-    board = Path("/proc/device-tree/model")
-    if board.exists():
-        return board.read_text().rstrip("\0")
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown CPU")
-
-
-def _llama_bench_fields(arm: Arm, options: Options, records: Sequence[Record], started: str) -> Row:
-    """The fields of llama-bench, so that tools made for it can read our rows: one test of prompt and generation."""
-    runs = [record.run for record in records if record.run]
-    first = runs[0] if runs else None
-    job = Job.__dataclass_fields__
-    samples = [run.token_ns[-1] for run in runs]
-    speeds = [(run.n_prompt + run.n_gen) / run.token_ns[-1] * 1e9 for run in runs]
-    return {
-        "build_commit": runtime_fields()["llama_cpp_commit"] or "unknown",
-        "build_number": 0,
-        "cpu_info": cpu_name(),
-        "gpu_info": "",
-        "backends": "CPU",
-        "model_filename": str(arm.model),
-        "model_type": first.model_description if first else None,
-        "model_size": first.model_bytes if first else None,
-        "model_n_params": first.model_params if first else None,
-        "n_batch": job["n_batch"].default,
-        "n_ubatch": job["n_ubatch"].default,
-        "n_threads": options.n_threads,
-        "cpu_mask": "0x0",
-        "cpu_strict": False,
-        "poll": 50,
-        "type_k": "f16",
-        "type_v": "f16",
-        "n_gpu_layers": 0,
-        "n_cpu_moe": 0,
-        "split_mode": "layer",
-        "main_gpu": 0,
-        "no_kv_offload": False,
-        "flash_attn": -1,
-        "devices": "auto",
-        "tensor_split": "0.00",
-        "tensor_buft_overrides": "none",
-        "load_mode": "mmap" if arm.name == "mmap" else "none",
-        "lazy_mode": "auto",
-        "embeddings": False,
-        "no_op_offload": 0,
-        "no_host": False,
-        "repack": arm.repack,
-        "fit_target": 0,
-        "fit_min_ctx": 0,
-        # Of several prompts, the mean.
-        "n_prompt": round(statistics.mean(run.n_prompt for run in runs)) if runs else None,
-        "n_gen": options.n_gen,
-        "n_depth": 0,
-        "test_time": started,
-        "avg_ns": round(statistics.mean(samples)) if samples else None,
-        "stddev_ns": round(statistics.stdev(samples)) if len(samples) > 1 else 0,
-        "avg_ts": statistics.mean(speeds) if speeds else None,
-        "stddev_ts": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
-        "samples_ns": samples,
-        "samples_ts": speeds,
-    }

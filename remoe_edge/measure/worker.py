@@ -105,8 +105,8 @@ class DecodeRun:
         When each token was chosen, from the start of the prompt's evaluation; the first is the TTFT. The clock stands
         still while logits are hashed and counters are read.
     start_ns, pause_ns
-        When the prompt's evaluation began on CLOCK_MONOTONIC, and how long the clock stood still after each token: token
-        i was chosen at start_ns + token_ns[i] + sum(pause_ns[:i]).
+        When the prompt's evaluation began on CLOCK_MONOTONIC, and how long the clock stood still after each token:
+        token i was chosen at start_ns + token_ns[i] + sum(pause_ns[:i]).
     timer_ns
         What reading the clock cost each token, measured in the same process.
     prefill, decode
@@ -183,7 +183,8 @@ def decode(job: Job, progress: Callable[[float], None] = lambda fraction: None) 
         memory["loaded"] = process_memory("self")
         chat = job.chat and model.has_chat_template
         # A chat template writes out the special tokens itself.
-        prompt = model.tokenize(model.chat_prompt(job.prompt), add_special=False) if chat else model.tokenize(job.prompt)
+        text = model.chat_prompt(job.prompt) if chat else job.prompt
+        prompt = model.tokenize(text, add_special=not chat)
         if not prompt:
             raise RemoeError("the prompt is empty; give some text")
         n_ctx = len(prompt) + job.n_gen

@@ -17,6 +17,9 @@ def conditions(rows: Sequence[Row]) -> list[tuple[str, str]]:
         values = dict.fromkeys(value for value in map(text, rows) if value)
         if values:
             found.append((name, "; ".join(values)))
+    overheads = [row["timer_overhead"] for row in rows if row["timer_overhead"] is not None]
+    if overheads:
+        found.append(("Cost of taking times", f"at most {max(overheads) * 100:.2g} % of TPOT"))
     return found
 
 
@@ -54,10 +57,6 @@ def _limit(row: Row) -> str:
     return "none" if limit is None else f"{format_mib(limit)} (control group v{row['cgroup']})"
 
 
-def _timer(row: Row) -> str:
-    return "" if row["timer_overhead"] is None else "under 0.1 % of TPOT" if row["timer_overhead"] < 1e-3 else "0.1 % of TPOT or more"
-
-
 def _model(row: Row) -> str:
     text = Path(row["model_path"]).name
     return f"{text}: {row['model_type']}, {format_mib(row['model_size'])}" if row["model_type"] else text
@@ -76,7 +75,6 @@ _CONDITIONS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("Storage", _storage),
     ("Cache policy, reads", lambda row: f"{row['policy']}, {row['read_mode']}" if row["policy"] else ""),
     ("Power sensor", _field("power_sensor")),
-    ("Cost of taking times", _timer),
     ("llama.cpp, patches", lambda row: f"{row['build_commit']}, {(row['patch_hash'] or 'unknown')[:12]}"),
     ("Measured", _field("test_time", lambda text: text[:16].replace("T", " "))),
 )

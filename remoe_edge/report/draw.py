@@ -52,7 +52,9 @@ def write_png(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """All figures as one picture, two in a row. `path` is replaced if it exists; it may be a temporary name."""
     shown = figures(rows)
     lines = math.ceil(len(shown) / 2) or 1
-    heights = [max((figure.height(False) for figure in shown[2 * line : 2 * line + 2]), default=1) for line in range(lines)]
+    heights = [
+        max((figure.height(False) for figure in shown[2 * line : 2 * line + 2]), default=1) for line in range(lines)
+    ]
     with _canvas(2 * _WIDE + 60, sum(heights) + 60 * lines + 50) as drawing:
         drawing.patch.set_facecolor(LIGHT.background)
         drawing.suptitle(title, fontsize=13, color=LIGHT.text, x=0.01, ha="left")
@@ -61,7 +63,9 @@ def write_png(rows: Sequence[Row], path: Path, *, title: str) -> None:
             axes = drawing.add_subplot(grid[index // 2, index % 2])
             figure.draw(axes, LIGHT, False)
             above = axes.get_legend() is not None
-            axes.set_title(figure.title, fontsize=13, color=LIGHT.text, loc="left", pad=44 if above else 10, weight="bold")
+            axes.set_title(
+                figure.title, fontsize=13, color=LIGHT.text, loc="left", pad=44 if above else 10, weight="bold"
+            )
         drawing.savefig(path, format="png", dpi=_PNG_DPI)
 
 
@@ -72,10 +76,11 @@ def _canvas(width: float, height: float) -> Iterator[Any]:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Drawing
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "remoe-edge", "font.family": "sans-serif", "font.size": 11}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "remoe-edge", "font.family": "sans-serif", "font.size": 11}
+    engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
     with matplotlib.rc_context(settings):
-        drawing = Drawing(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-        drawing.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
+        drawing = Drawing(figsize=(width / 72, height / 72), dpi=72, layout=engine)
         FigureCanvasAgg(drawing)
         yield drawing

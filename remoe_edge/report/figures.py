@@ -1,7 +1,7 @@
 """The figures of a report, drawn on matplotlib axes.
 
-Colours come from a `Palette`, so that one drawing serves a light page, a dark page and a picture. A `Figure` says what it
-shows; it does not exist where the rows hold nothing to show.
+Colours come from a `Palette`, so that one drawing serves a light page, a dark page and a picture. A `Figure` says what
+it shows; it does not exist where the rows hold nothing to show.
 """
 
 from __future__ import annotations
@@ -91,7 +91,12 @@ def _distributions(rows: Sequence[Row]) -> Iterator[Figure]:
             if narrow:
                 label = f"{row_label(row, rows)} \u00b7 {format_ms(row['tpot_ms'])} ms"
                 axes.annotate(
-                    label, (0, y + 0.5), xycoords=("axes fraction", "data"), va="bottom", color=palette.text, fontsize=11
+                    label,
+                    (0, y + 0.5),
+                    xycoords=("axes fraction", "data"),
+                    va="bottom",
+                    color=palette.text,
+                    fontsize=11,
                 )
         _style(axes, palette, grid="x")
         _scale(axes, "x", [float(value) for values in gaps for value in (values.min(), values.max())])
@@ -126,10 +131,17 @@ def _budgets(rows: Sequence[Row]) -> Iterator[Figure]:
                     axes.plot([value] * 2, row["tpot_ms_ci95"], color=color, linewidth=1.3, alpha=0.7, zorder=2)
                     values += row["tpot_ms_ci95"]
             if None not in (limits := [row["limit_ms"] for row in own]):
-                axes.plot(x, limits, color=color, linewidth=1.4, linestyle=(0, (1.2, 1.8)), label=_of("limit", label, lines))
+                axes.plot(
+                    x, limits, color=color, linewidth=1.4, linestyle=(0, (1.2, 1.8)), label=_of("limit", label, lines)
+                )
         for row in levels:
             color = palette.mmap if row["arm"] == "mmap" else palette.resident
-            axes.axhline(row["tpot_ms"], color=color, linewidth=1.3, label=row_label(row, rows))
+            axes.axhline(
+                row["tpot_ms"],
+                color=color,
+                linewidth=1.3,
+                label=f"{row_label(row, rows)}, {format_ms(row['tpot_ms'])} ms",
+            )
         _style(axes, palette, grid="y")
         _scale(axes, "y", values)
         axes.set_xlabel("expert cache budget, MiB")
@@ -154,7 +166,7 @@ def _bytes(rows: Sequence[Row]) -> Iterator[Figure]:
     yield _bars(
         "bytes",
         "Read from storage per token",
-        "What the cache read, or for other arms what the kernel fetched for the process; page-cache read-ahead included.",
+        "What the cache read; for other arms what the kernel fetched for the process, read-ahead included.",
         "MB per token",
         shown,
         rows,
@@ -189,11 +201,22 @@ def _bars(
         for row, y, value in zip(shown, positions, values, strict=True):
             text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
             axes.annotate(
-                text, (value, y), xytext=(5, 0), textcoords="offset points", va="center", color=palette.text, fontsize=12
+                text,
+                (value, y),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                color=palette.text,
+                fontsize=12,
             )
             if narrow:
                 axes.annotate(
-                    row_label(row, rows), (0, y + 0.26), textcoords="data", va="bottom", color=palette.muted, fontsize=11
+                    row_label(row, rows),
+                    (0, y + 0.26),
+                    textcoords="data",
+                    va="bottom",
+                    color=palette.muted,
+                    fontsize=11,
                 )
         _style(axes, palette, grid=None)
         axes.set_xlim(0, max(values) * 1.16)
@@ -217,7 +240,13 @@ def _layers(rows: Sequence[Row]) -> Iterator[Figure]:
             rates = [np.nan if rate is None else rate * 100 for rate in row["layer_hit_rate"]]
             color = palette.series[index % len(palette.series)]
             axes.plot(
-                range(len(rates)), rates, color=color, marker="o", markersize=3.5, linewidth=1.5, label=row_label(row, rows)
+                range(len(rates)),
+                rates,
+                color=color,
+                marker="o",
+                markersize=3.5,
+                linewidth=1.5,
+                label=row_label(row, rows),
             )
         _style(axes, palette, grid="y")
         axes.set_ylim(0, 100)

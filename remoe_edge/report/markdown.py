@@ -7,14 +7,22 @@ from collections.abc import Sequence
 from remoe_edge.measure.rows import TPOT_FORMULA, Row
 from remoe_edge.report.conditions import conditions
 from remoe_edge.report.labels import row_label
-from remoe_edge.report.summary import headline, remarks
+from remoe_edge.report.summary import headline, lead
 from remoe_edge.report.table import columns
 
 
 def markdown_report(rows: Sequence[Row], *, title: str, notes: Sequence[str] = ()) -> str:
     """Summary, table and conditions."""
     shown = columns(rows)
-    lines = [f"# {title}", "", headline(rows), "", *(f"- {text}" for text in [*remarks(rows), *notes]), ""]
+    said = [*remarks(rows), *notes]
+    lines = [
+        f"# {title}",
+        "",
+        f"**{headline(rows)}** {lead(rows)}".strip(),
+        "",
+        *(f"- {text}" for text in said),
+        "",
+    ]
     lines.append(f"| arm | {' | '.join(column.name for column in shown)} |")
     lines.append(f"|---|{'---:|' * len(shown)}")
     for row in rows:

@@ -12,7 +12,7 @@ from remoe_edge.report.conditions import conditions
 from remoe_edge.report.draw import svg
 from remoe_edge.report.figures import Figure, figures
 from remoe_edge.report.labels import row_label
-from remoe_edge.report.summary import headline, remarks
+from remoe_edge.report.summary import headline, lead, remarks
 from remoe_edge.report.table import columns
 
 _OUTPUT_CHARACTERS = 2000
@@ -38,14 +38,16 @@ def html_report(rows: Sequence[Row], *, title: str, notes: Sequence[str] = ()) -
 <header>
 <h1>{escape(title)}</h1>
 <p class="headline">{escape(headline(rows))}</p>
+<p class="lead">{escape(lead(rows))}</p>
 <ul class="remarks">{said}</ul>
 </header>
 <div class="cards">
 {cards}
 </div>
-<footer>TPOT = (time of the last token - time of the first) / (tokens - 1), batch 1, greedy; of several prompts the mean,
-then the median over repetitions. Limit = max(resident TPOT, bytes that had to be read / storage bandwidth). Intervals
-are 95 % bootstraps; ratios are geometric means over runs of the same prompt and repetition. remoe-edge {__version__}</footer>
+<footer>TPOT = (time of the last token - time of the first) / (tokens - 1), batch 1, greedy; of several prompts the
+mean, then the median over repetitions. Limit = max(resident TPOT, bytes that had to be read / storage bandwidth).
+Intervals are 95 % bootstraps; ratios are geometric means over runs of the same prompt and repetition.
+remoe-edge {__version__}</footer>
 </main>
 <script>
 {_packaged("page.js")}</script>

@@ -14,26 +14,46 @@ FEW_REPETITIONS = 5
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The main result: the fastest cached arm against stock mmap and against all experts in memory."""
+    """The main result in one sentence: the fastest cached arm, and how it compares with stock mmap."""
+    best = _best(rows)
+    if best is None:
+        return "No arm could be measured."
+    model = Path(best["model_path"]).stem
+    if best["arm"] != "cache":
+        return f"{model}, {arm_name(best)}: {format_ms(best['tpot_ms'])} ms per token."
+    text = f"{model} with {budget_name(best)} of expert cache: {format_ms(best['tpot_ms'])} ms per token"
+    mmap = best["paired_ratios"].get("mmap")
+    return f"{text}, {_times(_ratio(mmap))} stock mmap." if mmap else f"{text}."
+
+
+def lead(rows: Sequence[Row]) -> str:
+    """What belongs to the headline: its interval, and the distance to what is possible; empty if there is nothing."""
+    best = _best(rows)
+    if best is None or best["arm"] != "cache":
+        return ""
+    ratios, parts = best["paired_ratios"], []
+    if "mmap" in ratios:
+        limit = best["memory_limit_bytes"]
+        within = f"Both in {format_mib(limit)} of memory" if limit else "Both without a memory limit"
+        interval = _interval(_ratio(ratios["mmap"]))
+        parts.append(f"{within}; {interval}." if interval else f"{within}.")
+    comparisons = []
+    if "resident" in ratios:
+        ratio = _ratio(ratios["resident"])
+        interval = _interval(ratio)
+        comparisons.append(f"{_times(ratio)} having all experts in memory" + (f" ({interval})" if interval else ""))
+    if best["limit_ratio"] is not None:
+        comparisons.append(f"{best['limit_ratio']:.2f} times what compute and storage bandwidth allow")
+    if comparisons:
+        text = _join(comparisons)
+        parts.append(f"{text[0].upper()}{text[1:]}.")
+    return " ".join(parts)
+
+
+def _best(rows: Sequence[Row]) -> Row | None:
     measured = [row for row in rows if row["status"] == "ok"]
     cached = [row for row in measured if row["arm"] == "cache"]
-    if not measured:
-        return "No arm could be measured."
-    best = min(cached or measured, key=lambda row: row["tpot_ms"])
-    model = Path(best["model_path"]).stem
-    how = f"with {budget_name(best)} of expert cache" if best["arm"] == "cache" else f"as {arm_name(best)}"
-    parts = []
-    ratios = best["paired_ratios"]
-    if best["arm"] == "cache" and "mmap" in ratios:
-        limit = best["memory_limit_bytes"]
-        within = f" in the same {format_mib(limit)} of memory" if limit else ""
-        parts.append(f"{_times(_ratio(ratios['mmap']))} stock mmap{within}")
-    if best["arm"] == "cache" and "resident" in ratios:
-        parts.append(f"{_times(_ratio(ratios['resident']))} having all experts in memory")
-    if best["limit_ratio"] is not None and best["arm"] == "cache":
-        parts.append(f"{best['limit_ratio']:.2f} times what compute and storage allow")
-    text = f"{model} {how}: {format_ms(best['tpot_ms'])} ms per token"
-    return f"{text}, {_join(parts)}." if parts else f"{text}."
+    return min(cached or measured, key=lambda row: float(row["tpot_ms"]), default=None)
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
@@ -57,7 +77,10 @@ def _second_model(rows: Sequence[Row]) -> list[str]:
         own = [row for row in rows if row["model_path"] == model and "base" in row["paired_ratios"]]
         cached = [row for row in own if row["arm"] == "cache" and row["status"] == "ok"]
         if cached:
-            parts = [f"{_times(_ratio(row['paired_ratios']['base']))} the first model at {budget_name(row)}" for row in cached]
+            parts = [
+                f"{_times(_ratio(row['paired_ratios']['base']))} the first model at {budget_name(row)}"
+                for row in cached
+            ]
             sentences.append(f"{Path(model).stem} is {_join(parts)}.")
     return sentences
 
@@ -77,7 +100,9 @@ def _exactness(rows: Sequence[Row]) -> list[str]:
     if differing:
         # Other kernels round differently, which is no fault of the cache.
         return [f"Arms of {_join(differing)} did not all put out the same tokens: see the table."]
-    return ["All arms of a model put out the same tokens." if len(compared) > 1 else "All arms put out the same tokens."]
+    return [
+        "All arms of a model put out the same tokens." if len(compared) > 1 else "All arms put out the same tokens."
+    ]
 
 
 def _ratio(content: Row) -> Ratio:
@@ -86,17 +111,21 @@ def _ratio(content: Row) -> Ratio:
 
 
 def _times(ratio: Ratio) -> str:
-    """ "2.0 times faster than (95 % interval 1.9-2.2)", or that there is no clear difference."""
+    """ "2.0 times faster than", or that there is no clear difference."""
+    if ratio.ci95 and ratio.ci95[0] <= 1 <= ratio.ci95[1]:
+        return "not clearly faster or slower than"
     faster = ratio.ratio < 1
-    edges = ratio.ci95
-    if edges and edges[0] <= 1 <= edges[1]:
-        return f"not clearly faster or slower ({edges[0]:.2f}{DASH}{edges[1]:.2f} times the time) than"
-    value = 1 / ratio.ratio if faster else ratio.ratio
-    text = f"{_number(value)} times {'faster' if faster else 'slower'}"
-    if edges:
-        low, high = (1 / edges[1], 1 / edges[0]) if faster else edges
-        text += f" (95 % interval {_number(low)}{DASH}{_number(high)})"
-    return f"{text} than"
+    return f"{_number(1 / ratio.ratio if faster else ratio.ratio)} times {'faster' if faster else 'slower'} than"
+
+
+def _interval(ratio: Ratio) -> str:
+    """The interval of the number in `_times`."""
+    if not ratio.ci95:
+        return ""
+    low, high = ratio.ci95
+    if low > 1 or high >= 1:
+        return f"95 % interval {_number(low)}{DASH}{_number(high)}"
+    return f"95 % interval {_number(1 / high)}{DASH}{_number(1 / low)}"
 
 
 def _number(value: float) -> str:

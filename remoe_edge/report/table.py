@@ -42,12 +42,20 @@ def _interval(row: Row) -> str:
 
 
 _COLUMNS = (
-    _column("TPOT ms", "Time per output token: (last - first token) / (n - 1), median over repetitions", "tpot_ms", format_ms),
+    _column(
+        "TPOT ms",
+        "Time per output token: (last - first token) / (n - 1), median over repetitions",
+        "tpot_ms",
+        format_ms,
+    ),
     Column(
         "95 %",
         "95 % bootstrap interval of TPOT over repetitions",
         lambda row: row["tpot_ms_ci95"][0] if row["tpot_ms_ci95"] else None,
         _interval,
+    ),
+    _column(
+        "\u00d7 limit", "TPOT over max(resident TPOT, bytes / bandwidth)", "limit_ratio", lambda value: f"{value:.2f}"
     ),
     _column("tokens/s", "1 / TPOT", "tokens_per_s", lambda value: f"{value:.3g}"),
     _column("p50", "Half of the times between tokens are shorter, ms", "itl_ms_p50", format_ms),
@@ -58,7 +66,16 @@ _COLUMNS = (
     _column("hits", "Experts found in the cache", "hit_rate", lambda value: f"{value:.1%}"),
     _column("MB/token", "Read from storage for each token", "bytes_per_token", lambda value: f"{value / 1e6:.1f}"),
     _column("stall ms", "Per token, time in which compute waited for reads", "stall_ms_per_token", format_ms),
-    _column("peak MiB", "Anonymous and shared memory; not the page cache", "peak_memory_bytes", lambda value: f"{value / 2**20:,.0f}"),
-    _column("J/token", "Energy per token while decoding, idle power included", "joules_per_token", lambda value: f"{value:.3g}"),
-    _column("\u00d7 limit", "TPOT over max(resident TPOT, bytes / bandwidth)", "limit_ratio", lambda value: f"{value:.2f}"),
+    _column(
+        "peak MiB",
+        "Anonymous and shared memory; not the page cache",
+        "peak_memory_bytes",
+        lambda value: f"{value / 2**20:,.0f}",
+    ),
+    _column(
+        "J/token",
+        "Energy per token while decoding, idle power included",
+        "joules_per_token",
+        lambda value: f"{value:.3g}",
+    ),
 )
