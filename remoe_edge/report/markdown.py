@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from remoe_edge.measure.rows import TPOT_FORMULA, Row
 from remoe_edge.report.conditions import conditions
 from remoe_edge.report.labels import row_label
-from remoe_edge.report.summary import headline, lead
+from remoe_edge.report.summary import headline, lead, remarks
 from remoe_edge.report.table import columns
 
 
