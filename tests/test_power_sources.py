@@ -374,9 +374,10 @@ def fake_jtop(total: object, *, fails: str | None = None) -> types.ModuleType:
 TOTAL = {"volt": 4984, "curr": 1596, "power": 7954, "avg": 5000, "online": True, "name": "VDD_IN"}
 
 
-def test_jtop_gives_its_total_and_never_its_average(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jtop_gives_its_total_and_never_its_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jtop", fake_jtop(TOTAL))
-    source = JtopSource(0.02)
+    write(tmp_path / "run/jtop.sock", "")
+    source = JtopSource(0.02, tmp_path)
     assert (source.read(), source.sensor, source.period_s, source.paced) == (7.954, "VDD_IN", 0.02, True)
     source._client.alive = "lost"
     with pytest.raises(SensorError, match="went away: Lost connection"):
@@ -386,20 +387,23 @@ def test_jtop_gives_its_total_and_never_its_average(monkeypatch: pytest.MonkeyPa
         source.read()
 
 
-def test_jtop_without_service_sensors_or_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jtop_without_service_sensors_or_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SensorError, match=r"no .*/run/jtop\.sock \(pip install jetson-stats, then sudo jtop"):
+        JtopSource(0.01, tmp_path)
+    write(tmp_path / "run/jtop.sock", "")
     inactive = "The jtop.service is not active. Please run:\nsudo jtop --install-service"
     monkeypatch.setitem(sys.modules, "jtop", fake_jtop(TOTAL, fails=inactive))
     with pytest.raises(SensorError, match=r"does not answer: The jtop\.service is not active\. Please run: sudo jtop"):
-        JtopSource(0.01)
+        JtopSource(0.01, tmp_path)
     monkeypatch.setitem(sys.modules, "jtop", fake_jtop(None))
     with pytest.raises(SensorError, match="no power sensors"):
-        JtopSource(0.01)
+        JtopSource(0.01, tmp_path)
     monkeypatch.setitem(sys.modules, "jtop", fake_jtop({"name": "VDD_IN"}))
     with pytest.raises(SensorError, match="has no power"):
-        JtopSource(0.01)
+        JtopSource(0.01, tmp_path)
     monkeypatch.setitem(sys.modules, "jtop", None)
     with pytest.raises(SensorError, match=r"pip install 'remoe-edge\[jetson\]'"):
-        JtopSource(0.01)
+        JtopSource(0.01, tmp_path)
 
 
 # Choice
@@ -426,6 +430,7 @@ def test_the_next_best_sensor_is_chosen_and_the_reason_given(tmp_path: Path, mon
     choice = find_source(root=tmp_path)
     assert (choice.source.name, "CPU package only" in choice.why) == ("powercap", True)
     monkeypatch.setitem(sys.modules, "jtop", fake_jtop(TOTAL))
+    write(tmp_path / "run/jtop.sock", "")
     assert find_source(root=tmp_path).source.name == "jtop"
     endless = "while True:\n    print(line, flush=True)\n    time.sleep(interval)\n"
     monkeypatch.setenv("PATH", os.path.dirname(tegrastats(tmp_path, endless)))

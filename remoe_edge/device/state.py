@@ -144,8 +144,8 @@ def _power_mode(root: Path) -> tuple[str | None, int | None]:
         if (root / program).exists():
             with suppress(OSError, subprocess.SubprocessError):
                 command = [str(root / program), "-q"]
-                answer = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_S, check=False).stdout
-                if match := _MODE.search(answer):
+                answer = subprocess.run(command, capture_output=True, timeout=_QUERY_S, check=False).stdout
+                if match := _MODE.search(answer.decode(errors="replace")):
                     return match[1], int(match[2]) if match[2] else None
     match = re.search(r"pmode:(\d+)", text(root / "var/lib/nvpmodel/status") or "")
     if match is None:
@@ -220,7 +220,7 @@ def _cooling(root: Path) -> dict[str, int]:
     levels: dict[str, int] = {}
     for path in sorted((root / "sys/class/thermal").glob("cooling_device*")):
         level, name = number(path / "cur_state"), text(path / "type") or path.name
-        if level:
+        if level is not None and level > 0:
             levels[name] = max(level, levels.get(name, 0))
     return levels
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import Layout
+from remoe_edge.progress import Report, silent
 
 _ALIGNMENT = 4096
 _ROUNDS = 5
@@ -69,7 +70,9 @@ def expert_slices(layouts: Sequence[Layout]) -> list[Slice]:
     ]
 
 
-def measure_bandwidth(slices: Sequence[Slice], depth: int, *, round_bytes: int = _ROUND_BYTES) -> Bandwidth:
+def measure_bandwidth(
+    slices: Sequence[Slice], depth: int, *, round_bytes: int = _ROUND_BYTES, report: Report = silent
+) -> Bandwidth:
     """Read random slices with `depth` threads, several rounds of about `round_bytes` each.
 
     No slice is read twice in a round. Raises RemoeError if a file cannot be read, or there is nothing to read.
@@ -82,7 +85,8 @@ def measure_bandwidth(slices: Sequence[Slice], depth: int, *, round_bytes: int =
         pool = stack.enter_context(ThreadPoolExecutor(depth))
         buffers = [_buffer(max(piece.length for piece in slices), stack) for _ in range(depth)]
         rates = []
-        for _ in range(_ROUNDS):
+        for done in range(_ROUNDS):
+            report("measuring the storage", done / _ROUNDS)
             count = max(depth, round_bytes // slices[0].length)
             chosen = choose.sample(slices, min(count, len(slices)))
             if not direct:

@@ -63,7 +63,7 @@ def find_source(name: str = "auto", root: Path = Path("/")) -> Choice:
 def _makers(root: Path) -> dict[str, Callable[[], PowerSource]]:
     return {
         "ina3221": partial(Ina3221Source, root),
-        "jtop": JtopSource,
+        "jtop": partial(JtopSource, root=root),
         "tegrastats": TegrastatsSource,
         "powercap": partial(PowercapSource, root),
         "nvml": NvmlSource,

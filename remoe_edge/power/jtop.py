@@ -4,22 +4,29 @@ jetson-stats is AGPL-3.0. It is imported here and nowhere else, only when this s
 remoe-edge[jetson] only.
 """
 
+from pathlib import Path
 from typing import Any
 
 from remoe_edge.power.source import PowerSource, SensorError
+
+_SOCKET = "run/jtop.sock"
 
 
 class JtopSource(PowerSource):
     """Watts of jtop's total ("tot"), on Orin NX the rail VDD_IN.
 
     The service has one pace for all its clients, set by the first. Raises SensorError if jetson-stats is not installed
-    or its service does not answer.
+    or its service does not run. `root` is where the service's socket is looked for, not where jtop connects.
     """
 
     name = "jtop"
     paced = True
 
-    def __init__(self, period_s: float = 0.5) -> None:
+    def __init__(self, period_s: float = 0.5, root: Path = Path("/")) -> None:
+        # Looked at first: importing jtop changes how this process forks, and its client starts threads at once.
+        if not (root / _SOCKET).exists():
+            advice = "pip install jetson-stats, then sudo jtop --install-service"
+            raise SensorError(f"jtop's service does not run here, there is no {root / _SOCKET} ({advice})")
         try:
             from jtop import jtop
         except ImportError as error:
