@@ -330,7 +330,8 @@ def test_every_arm_gives_the_same_output_and_a_full_row(twin: Path) -> None:
         assert row["peak_memory_bytes"] > 1 << 20
         assert row["storage_bytes_per_s"] > 0
         assert row["kernels"] == "plain"
-        assert row["timer_overhead"] < 1e-3
+        # A token of this model takes a fraction of a millisecond; below 0.1 % are those of real ones.
+        assert 0 < row["timer_overhead"] < 1e-2
         assert row["pause_ms_per_token"] > 0
         assert row["device_state"].keys() == row["device_state_after"].keys()
         check_samples(row, 2)
