@@ -38,7 +38,21 @@ def main() -> None:
         models = ("first.gguf", "second.gguf", "delayed.gguf")
         for name in models:
             Path(folder, name).symlink_to(model)
-        command = [*models, "--baseline", "resident", "--page-cache", "warm", "-p", prompt, "-n", "48", "-r", "12"]
+        command = [
+            *models,
+            "--baseline",
+            "resident",
+            "--page-cache",
+            "warm",
+            "-p",
+            prompt,
+            "-n",
+            "48",
+            "-r",
+            "24",
+            "-t",
+            "1",
+        ]
         subprocess.run(
             [sys.executable, "-m", "remoe_edge", "bench", *command, "-o", OUTPUT, "--force"],
             check=True,

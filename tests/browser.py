@@ -35,7 +35,7 @@ class Page:
     """One page. `messages` are console output, uncaught errors and browser warnings; `requests` are addresses."""
 
     def __init__(self, send: int, receive: int) -> None:
-        self._send, self._receive = send, os.fdopen(receive, "rb", buffering=0)
+        self._send, self._receive = send, receive
         self._unread = b""
         self._count = 0
         self._target: str | None = None
@@ -83,7 +83,7 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._unread:
-            data = os.read(self._receive.fileno(), 1 << 20)
+            data = os.read(self._receive, 1 << 20)
             assert data, "the browser ended"
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\0")
@@ -128,3 +128,4 @@ def open_browser(executable: str) -> Iterator[Page]:
             process.kill()
             process.wait()
             os.close(command_in)
+            os.close(answer_out)

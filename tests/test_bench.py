@@ -374,7 +374,9 @@ def check_samples(row: Row, count: int) -> None:
 @pytest.mark.usefixtures("runtime")
 def test_every_prompt_is_decoded_by_every_arm(twin: Path) -> None:
     workload = Workload("two", (Prompt("a", "w00000"), Prompt("b", "w00000w00001", chat=True)))
-    wanted = options(twin, workload=workload, budgets=("4s",), baselines=("resident",), repetitions=2, page_cache="warm")
+    wanted = options(
+        twin, workload=workload, budgets=("4s",), baselines=("resident",), repetitions=2, page_cache="warm"
+    )
     rows = bench(wanted).rows
     check_identical(rows)
     for row in rows:

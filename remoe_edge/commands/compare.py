@@ -39,8 +39,8 @@ def command(old: Path, new: Path, margin: float, anyway: bool, as_json: bool) ->
     \b
     remoe-edge compare before.jsonl after.jsonl
 
-    Arms are matched by what they are. For each: the ratio of TPOT (geometric mean, 95 % bootstrap interval), and the
-    p-value of a permutation test over the runs, within each prompt. "equivalent" means that the interval lies within the
+    Arms are matched by what they are. For each: the ratio of TPOT (Hodges-Lehmann estimate, 95 % bootstrap
+    interval), and the p-value of a rank sum test over the runs, within each prompt. "equivalent" means that the interval lies within the
     margin; "slower" and "faster" that it does not, and p < 0.05. Of one prompt, fewer than four repetitions on
     each side cannot be significant. One in twenty equal arms gets p < 0.05 by chance.
     """
@@ -78,7 +78,7 @@ def _print(result: Comparisons, rows: list[Row], margin: float) -> None:
     if not console.is_terminal:
         console = Console(width=_TABLE_WIDTH)
     energy = any(pair.energy for pair in result.pairs)
-    table = Table(caption=f"ratio = new / old [95 % interval]; equivalent: within {margin:g} %; p: permutation test")
+    table = Table(caption=f"ratio = new / old [95 % interval]; equivalent: within {margin:g} %; p: rank sum test")
     table.add_column("arm", overflow="fold")
     names = ("TPOT ms", "ratio", "p", "verdict", "hits", "MB/token", *(("J/token ratio",) if energy else ()), "output")
     for name in names:

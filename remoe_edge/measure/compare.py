@@ -148,9 +148,7 @@ def _refuse(matched: Sequence[tuple[Row, Row]]) -> None:
                 )
 
 
-def _change(
-    before: Row, after: Row, values: Callable[[Row], dict[tuple[str, int], float]]
-) -> Change | None:
+def _change(before: Row, after: Row, values: Callable[[Row], dict[tuple[str, int], float]]) -> Change | None:
     sides = [_by_prompt(values(row)) if row["status"] == "ok" else {} for row in (before, after)]
     if not all(sides):
         return None

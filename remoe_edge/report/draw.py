@@ -40,7 +40,7 @@ def svg(figure: Figure, *, narrow: bool) -> str:
     for name, marker in _MARKED.items():
         text = text.replace(marker, f"var(--{name})")
     # The font is the page's. Ids have to be different in all drawings of a page.
-    text = re.sub(r"(font: [0-9.]+px) [^;\"]+", r"\1 var(--font)", text)
+    text = re.sub(r"(font(?:-family)?: (?:[0-9.]+px )?)'[^;\"]+", r"\1var(--font)", text)
     prefix = f"{figure.name}-{'narrow' if narrow else 'wide'}-"
     text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\1{prefix}", text)
     head = f'<svg viewBox="0 0 {width} {height:g}" role="img" aria-label="{figure.title}" '

@@ -46,7 +46,7 @@ def html_report(rows: Sequence[Row], *, title: str, notes: Sequence[str] = ()) -
 </div>
 <footer>TPOT = (time of the last token - time of the first) / (tokens - 1), batch 1, greedy; of several prompts the
 mean, then the median over repetitions. Limit = max(resident TPOT, bytes that had to be read / storage bandwidth).
-Intervals are 95 % bootstraps; ratios are geometric means over runs of the same prompt and repetition.
+Intervals are 95 % bootstraps; ratios are Hodges-Lehmann estimates over runs of the same prompt and repetition.
 remoe-edge {__version__}</footer>
 </main>
 <script>
