@@ -109,9 +109,9 @@ def open_browser(executable: str) -> Iterator[Page]:
         command_out, command_in = os.pipe()
         answer_out, answer_in = os.pipe()
         script = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'
+        command = [executable, *_FLAGS, f"--user-data-dir={profile}"]
         process = subprocess.Popen(
-            ["/bin/bash", "-c", script, "bash", str(command_out), str(answer_in), executable, *_FLAGS]
-            + [f"--user-data-dir={profile}"],
+            ["/bin/bash", "-c", script, "bash", str(command_out), str(answer_in), *command],
             pass_fds=(command_out, answer_in),
             stderr=subprocess.DEVNULL,
             start_new_session=True,

@@ -23,7 +23,7 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.convert import convert
 from remoe_edge.gguf_io.layout import read_model
 from remoe_edge.measure import bench as bench_module
-from remoe_edge.measure.arms import Arm, Options, Turn, plan_arms, schedule
+from remoe_edge.measure.arms import Arm, Options, plan_arms, schedule
 from remoe_edge.measure.bench import bench, fingerprint
 from remoe_edge.measure.cgroup import CgroupUnavailableError, memory_group
 from remoe_edge.measure.demo import check_identical, merge_rare_experts, write_changed_router

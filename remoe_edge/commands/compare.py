@@ -39,10 +39,10 @@ def command(old: Path, new: Path, margin: float, anyway: bool, as_json: bool) ->
     \b
     remoe-edge compare before.jsonl after.jsonl
 
-    Arms are matched by what they are. For each: the ratio of TPOT (Hodges-Lehmann estimate, 95 % bootstrap
-    interval), and the p-value of a rank sum test over the runs, within each prompt. "equivalent" means that the interval lies within the
-    margin; "slower" and "faster" that it does not, and p < 0.05. Of one prompt, fewer than four repetitions on
-    each side cannot be significant. One in twenty equal arms gets p < 0.05 by chance.
+    Arms are matched by what they are. For each: the ratio of TPOT (Hodges-Lehmann estimate, 95 % bootstrap interval),
+    and the p-value of a rank sum test over the runs, within each prompt. "equivalent" means that the interval lies
+    within the margin; "slower" and "faster" that it does not, and p < 0.05. Of one prompt, fewer than four repetitions
+    on each side cannot be significant. One in twenty equal arms gets p < 0.05 by chance.
     """
     rows_old, rows_new = read_rows(old), read_rows(new)
     result = compare_benchmarks(rows_old, rows_new, margin=margin / 100, anyway=anyway)

@@ -1,8 +1,8 @@
 """Statistics of repeated runs: intervals, paired ratios, and whether two benchmarks differ.
 
-Intervals are percentile bootstraps (Efron, 1979). Ratios are estimated by Hodges and Lehmann (1963) on logarithms: nearly
-as precise as a mean, and one run that something disturbed does not move them. P-values are those of the rank sum test
-within prompts (Wilcoxon, 1945; van Elteren, 1960), by permutation: all of them where there are few. Everything is
+Intervals are percentile bootstraps (Efron, 1979). Ratios are estimated by Hodges and Lehmann (1963) on logarithms:
+nearly as precise as a mean, and one run that something disturbed does not move them. P-values are those of the rank sum
+test within prompts (Wilcoxon, 1945; van Elteren, 1960), by permutation: all of them where there are few. Everything is
 deterministic: resampling has a fixed seed.
 """
 

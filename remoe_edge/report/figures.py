@@ -134,12 +134,14 @@ def _budgets(rows: Sequence[Row]) -> Iterator[Figure]:
                 axes.plot(
                     x, limits, color=color, linewidth=1.4, linestyle=(0, (1.2, 1.8)), label=_of("limit", label, lines)
                 )
+        models = list(dict.fromkeys(row["model_path"] for row in rows))
         for row in levels:
             color = palette.mmap if row["arm"] == "mmap" else palette.resident
             axes.axhline(
                 row["tpot_ms"],
                 color=color,
                 linewidth=1.3,
+                linestyle="-" if row["model_path"] == models[0] else "--",
                 label=f"{row_label(row, rows)}, {format_ms(row['tpot_ms'])} ms",
             )
         _style(axes, palette, grid="y")
@@ -154,7 +156,8 @@ def _budgets(rows: Sequence[Row]) -> Iterator[Figure]:
         "TPOT against budget",
         "Median over repetitions with its 95 % interval."
         + (" The dotted line is the limit: the larger of resident TPOT and bytes over bandwidth." if limited else ""),
-        lambda narrow: 320 if narrow else 340,
+        # Each line of the legend takes room from the drawing.
+        lambda narrow: (280 if narrow else 300) + 9 * (2 * len(lines) + len(levels)),
         draw,
     )
 
