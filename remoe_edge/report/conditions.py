@@ -76,5 +76,5 @@ _CONDITIONS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("Cache policy, reads", lambda row: f"{row['policy']}, {row['read_mode']}" if row["policy"] else ""),
     ("Power sensor", _field("power_sensor")),
     ("llama.cpp, patches", lambda row: f"{row['build_commit']}, {(row['patch_hash'] or 'unknown')[:12]}"),
-    ("Measured", _field("test_time", lambda text: text[:16].replace("T", " "))),
+    ("Measured", _field("test_time", lambda text: str(text[:10]))),
 )
