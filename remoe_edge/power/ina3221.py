@@ -10,17 +10,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from remoe_edge.power.number_file import NumberFile
 from remoe_edge.power.rails import total_rails
 from remoe_edge.power.source import PowerSource, SensorError
 
 
 @dataclass(frozen=True)
 class _Rail:
-    millivolts: Path
-    milliamperes: Path
+    millivolts: NumberFile
+    milliamperes: NumberFile
 
     def watts(self) -> float:
-        return _number(self.millivolts) * _number(self.milliamperes) / 1e6
+        return self.millivolts.read() * self.milliamperes.read() / 1e6
+
+    def close(self) -> None:
+        self.millivolts.close()
+        self.milliamperes.close()
 
 
 class Ina3221Source(PowerSource):
@@ -54,8 +59,13 @@ class Ina3221Source(PowerSource):
         try:
             return sum(rail.watts() for rail in self._rails)
         except SensorError:
-            self._rails = []
+            self.close()
             raise
+
+    def close(self) -> None:
+        for rail in self._rails:
+            rail.close()
+        self._rails = []
 
 
 def _find(root: Path) -> Iterator[tuple[str, _Rail]]:
@@ -66,17 +76,17 @@ def _find(root: Path) -> Iterator[tuple[str, _Rail]]:
     for folder in folders:
         for label in sorted(folder.glob("in*_label")):
             number = label.name.removeprefix("in").removesuffix("_label")
-            rail = _Rail(folder / f"in{number}_input", folder / f"curr{number}_input")
             # "sum of shunt voltages" is no rail and has no current of the same number.
-            if (name := _label(label)) and rail.milliamperes.exists():
-                yield name, rail
+            if (name := _label(label)) and (folder / f"curr{number}_input").exists():
+                yield name, _rail(folder, f"in{number}_input", f"curr{number}_input")
     for label in sorted(sys.glob("bus/i2c/drivers/ina3221*/*/iio:device*/rail_name_*")):
         number = label.name.removeprefix("rail_name_")
         if name := _label(label):
-            yield (
-                name,
-                _Rail(label.parent / f"in_voltage{number}_input", label.parent / f"in_current{number}_input"),
-            )
+            yield name, _rail(label.parent, f"in_voltage{number}_input", f"in_current{number}_input")
+
+
+def _rail(folder: Path, voltage: str, current: str) -> _Rail:
+    return _Rail(NumberFile(folder / voltage), NumberFile(folder / current))
 
 
 def _label(path: Path) -> str:
@@ -84,15 +94,3 @@ def _label(path: Path) -> str:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _number(path: Path) -> int:
-    try:
-        text = path.read_text().strip()
-    except OSError as error:
-        raise SensorError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SensorError(f"{path}: does not hold a number") from error
-    if not text.isascii() or not text.isdecimal():
-        raise SensorError(f"{path}: holds {text[:40]!r}, not a number above zero")
-    return int(text)

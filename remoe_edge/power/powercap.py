@@ -8,6 +8,8 @@ Format: Documentation/power/powercap/powercap.rst of the Linux kernel.
 from dataclasses import dataclass
 from pathlib import Path
 
+from remoe_edge.device.sysfs import text
+from remoe_edge.power.number_file import NumberFile
 from remoe_edge.power.source import PowerSource, SensorError
 
 _ZONES = "sys/class/powercap"
@@ -15,14 +17,14 @@ _ZONES = "sys/class/powercap"
 
 @dataclass
 class _Zone:
-    path: Path
+    energy: NumberFile
     label: str
     range_uj: int
     last_uj: int | None = None
     wrapped_uj: int = 0
 
     def joules(self) -> float:
-        now = _number(self.path / "energy_uj")
+        now = self.energy.read()
         if self.last_uj is not None and now < self.last_uj:
             self.wrapped_uj += self.range_uj
         self.last_uj = now
@@ -49,6 +51,10 @@ class PowercapSource(PowerSource):
     def read(self) -> float:
         return sum(zone.joules() for zone in self._zones)
 
+    def close(self) -> None:
+        for zone in self._zones:
+            zone.energy.close()
+
 
 def _packages(folder: Path) -> list[_Zone]:
     """Top-level zones; those below a package are part of it. "psys" would count the packages a second time."""
@@ -56,24 +62,10 @@ def _packages(folder: Path) -> list[_Zone]:
     for path in sorted(folder.glob("*:*")):
         if path.name.count(":") != 1 or not (path / "energy_uj").exists():
             continue
-        label = _text(path / "name")
+        label = text(path / "name") or ""
         # The same package shows twice, through the registers and through the memory-mapped interface.
         if label.startswith("package") and label not in {zone.label for zone in zones}:
-            zones.append(_Zone(path, label, _number(path / "max_energy_range_uj")))
+            range_uj = NumberFile(path / "max_energy_range_uj")
+            zones.append(_Zone(NumberFile(path / "energy_uj"), label, range_uj.read()))
+            range_uj.close()
     return zones
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except PermissionError as error:
-        raise SensorError(f"{path}: permission denied; run as root, or make it readable") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SensorError(f"{path}: cannot be read: {error}") from error
-
-
-def _number(path: Path) -> int:
-    text = _text(path)
-    if not text.isdecimal():
-        raise SensorError(f"{path}: holds {text[:40]!r}, not a number")
-    return int(text)

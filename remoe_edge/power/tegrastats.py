@@ -116,12 +116,16 @@ class TegrastatsSource(PowerSource):
         """The newest line; lines that nobody asked for in time are dropped, so that a line's time is now."""
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
-        wait = timeout_s
-        while b"\n" not in self._unread or select.select([descriptor], [], [], 0)[0]:
-            if not select.select([descriptor], [], [], wait)[0]:
+        while True:
+            complete = b"\n" in self._unread
+            if not select.select([descriptor], [], [], 0 if complete else timeout_s)[0]:
+                if complete:
+                    break
                 raise SensorError(f"tegrastats wrote nothing for {timeout_s:.1f} s")
             data = os.read(descriptor, 1 << 16)
             if not data:
+                if complete:
+                    break
                 raise SensorError(f"tegrastats ended with exit status {self._process.wait()}")
             self._unread += data
         lines = self._unread.split(b"\n")
