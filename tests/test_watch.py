@@ -90,12 +90,12 @@ def test_waiting_for_the_temperature_has_a_limit(tmp_path: Path) -> None:
     assert before.note is None
 
 
-def test_a_sensor_that_vanishes_leaves_the_run_without_energy_and_says_why(tmp_path: Path) -> None:
+def test_a_sensor_that_fails_midway_leaves_the_run_without_energy_and_says_why(tmp_path: Path) -> None:
     board = orin_nx(tmp_path)
     with Watch(root=board) as watch:
         before = watch.before()
         for path in board.rglob("curr*_input"):
-            path.unlink()
+            path.write_text("garbage\n")
         time.sleep(0.1)
         seen = watch.after(before, a_run(0.5))
     assert seen.energy is not None
