@@ -21,7 +21,7 @@ def stderr_progress() -> Iterator[Report]:
     if not console.is_terminal:
         yield _Lines(console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         yield _Bar(progress)
 
@@ -41,15 +41,24 @@ class _Lines:
 
 
 class _Bar:
+    """A stage that begins where the last one ended is part of the same work: the bar, and its time left, go on."""
+
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._stage = ""
         self._task: TaskID | None = None
+        self._fraction: float | None = None
 
     def __call__(self, stage: str, fraction: float | None) -> None:
-        if stage != self._stage or self._task is None:
+        if self._task is None or (stage != self._stage and not self._goes_on(fraction)):
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._stage, self._task = stage, self._progress.add_task(stage, total=None if fraction is None else 1.0)
+            self._task = self._progress.add_task(stage, total=None if fraction is None else 1.0)
+        elif stage != self._stage:
+            self._progress.update(self._task, description=stage)
+        self._stage, self._fraction = stage, fraction
         if fraction is not None:
             self._progress.update(self._task, completed=fraction)
+
+    def _goes_on(self, fraction: float | None) -> bool:
+        return None not in (fraction, self._fraction) and 0 < (self._fraction or 0) <= (fraction or 0) < 1

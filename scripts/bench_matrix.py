@@ -52,7 +52,7 @@ _QUICK_LAYERS = 3
     help="Folder for the twins, up to 6.5 GB each; they stay there. [default: in the cache folder]",
 )
 @click.option("--layers", type=click.IntRange(min=1), metavar="N", help="At most N layers: smaller, faster twins.")
-@click.option("--policy", "policies", multiple=True, metavar="NAME", help="Repeatable. [default: lfu, lru]")
+@click.option("--policy", "policies", multiple=True, metavar="NAME", help="Repeatable. [default: next-use, lfu, lru]")
 @click.option("--io", "read_modes", multiple=True, metavar="MODE", help="Repeatable. [default: direct, mmap]")
 @click.option("-n", "--n-gen", type=click.IntRange(min=2), help="Tokens of a run. [default: 64]")
 @click.option("--n-gen-mmap", type=click.IntRange(min=2), help="Tokens of a stock mmap run. [default: 16]")
@@ -83,7 +83,7 @@ def main(
     """
     defaults = Settings(n_threads=threads or default_threads())
     if quick:
-        defaults = replace(defaults, policies=("lfu",), read_modes=("direct",), n_gen=16, n_gen_mmap=4, repetitions=1)
+        defaults = replace(defaults, policies=("next-use",), read_modes=("direct",), n_gen=16, n_gen_mmap=4, repetitions=1)
     settings = replace(
         defaults,
         policies=policies or defaults.policies,

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fake_jetson import VDD_IN_WATTS, orin_nx
+from records import MS, RUN, STOCK, record, stats
 from small_twin import EXPERTS, LAYERS, small_trace, write_small_twin
 
 from remoe_edge.cli import cli
@@ -20,26 +23,16 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.convert import convert
 from remoe_edge.gguf_io.layout import read_model
 from remoe_edge.measure import bench as bench_module
-from remoe_edge.measure.bench import (
-    Arm,
-    Options,
-    Row,
-    add_limits,
-    bench,
-    bootstrap_ci95,
-    fingerprint,
-    plan_arms,
-    summarize_runs,
-    tpot_ns,
-)
+from remoe_edge.measure.arms import Arm, Options, plan_arms, schedule
+from remoe_edge.measure.bench import bench, fingerprint
 from remoe_edge.measure.cgroup import CgroupUnavailableError, memory_group
 from remoe_edge.measure.demo import check_identical, merge_rare_experts, write_changed_router
-from remoe_edge.measure.report import write_report
-from remoe_edge.measure.worker import DecodeFailedError, DecodeRun, Job, decode_in_process
+from remoe_edge.measure.rows import Row, add_limits, summarize, tpot_ns
+from remoe_edge.measure.watch import Watch
+from remoe_edge.measure.worker import DecodeFailedError, Job, decode_in_process
+from remoe_edge.measure.workloads import Prompt, Workload, single_prompt
 from remoe_edge.runtime.build import ensure_runtime
-from remoe_edge.runtime.llama import CacheConfig, CacheInfo, CacheStats
-
-MS = 1_000_000
+from remoe_edge.runtime.llama import CacheConfig
 
 # scripts/compare-llama-bench.py refuses rows without these.
 COMPARED = set(
@@ -64,59 +57,12 @@ OURS = set(
 )
 
 
-def stats(hits: int, misses: int, demand: int, stall_ns: int) -> CacheStats:
-    return CacheStats(
-        calls=1,
-        calls_streamed=0,
-        hits=hits,
-        misses=misses,
-        evictions=0,
-        bytes_demand=demand,
-        bytes_prefetch=0,
-        reads=misses,
-        stall_ns=stall_ns,
-        read_ns=0,
-    )
-
-
-INFO = CacheInfo(
-    budget=1000,
-    used=900,
-    floor=500,
-    expert_bytes=5000,
-    n_layers=3,
-    n_slots=4,
-    n_threads=4,
-    policy="lfu",
-    io="direct",
-    kernels="plain",
-)
-RUN = DecodeRun(
-    n_prompt=2,
-    n_gen=5,
-    token_ns=[100 * MS, 110 * MS, 120 * MS, 130 * MS, 180 * MS],
-    prefill=stats(1, 1, 1, 1),
-    decode=stats(30, 10, 4000, 8 * MS),
-    major_faults=4,
-    read_bytes=4096,
-    output_sha256="a",
-    logits_sha256="b",
-    text="",
-    info=INFO,
-    kernels="plain",
-    model_description="tiny",
-    model_bytes=1,
-    model_params=1,
-    memory={},
-)
-
-
 def test_tpot_leaves_out_the_first_token() -> None:
     assert tpot_ns([5, 15, 35]) == 15
 
 
 def test_a_row_of_one_run() -> None:
-    row = summarize_runs([RUN], [7])
+    row = summarize([record(RUN)])
     expected = {
         "ttft_ms": 100,
         "tpot_ms": 20,
@@ -130,6 +76,11 @@ def test_a_row_of_one_run() -> None:
         "storage_bytes_per_token": 1024,
         "stall_ms_per_token": 2,
         "major_faults_per_token": 1,
+        "itl_ms_max": 50,
+        "tokens_per_s": 50,
+        "timer_overhead": pytest.approx(1e-5),
+        "pause_ms_per_token": 1,
+        "layer_hit_rate": [1, 0.5, None],
         "peak_memory_bytes": 7,
         "budget_bytes": 1000,
         "n_slots": 4,
@@ -143,31 +94,37 @@ def test_a_row_of_one_run() -> None:
 def test_repetitions_are_summed_and_their_median_is_taken() -> None:
     slower = replace(RUN, token_ns=[time * 2 for time in RUN.token_ns], decode=stats(10, 30, 8000, 0))
     slowest = replace(RUN, token_ns=[time * 4 for time in RUN.token_ns])
-    row = summarize_runs([RUN, slowest, slower], [7, 9, 8])
+    runs = [record(run, repetition=index, peak=7 + index) for index, run in enumerate((RUN, slowest, slower))]
+    row = summarize(runs)
     assert row["tpot_ms"] == 40
+    assert row["tpot_ms_mean"] == pytest.approx(140 / 3)
     assert row["hit_rate"] == pytest.approx(70 / 120)
     assert row["bytes_per_token"] == pytest.approx(16000 / 12)
     assert row["peak_memory_bytes"] == 9
     assert row["tpot_ms_ci95"] == [20, 80]
-    assert summarize_runs([RUN, replace(RUN, output_sha256="c")], [7, 7])["output_sha256"] is None
+    assert summarize([record(RUN), record(replace(RUN, output_sha256="c"), repetition=1)])["output_sha256"] is None
+
+
+def test_a_repetition_is_the_mean_over_its_prompts() -> None:
+    slow = replace(RUN, token_ns=[time * 2 for time in RUN.token_ns], output_sha256="c")
+    runs = [record(run, prompt=prompt, repetition=r) for r in range(2) for prompt, run in enumerate((RUN, slow))]
+    row = summarize(runs)
+    assert row["tpot_ms"] == 30
+    assert row["tpot_ms_ci95"] == [30, 30]
+    assert len(row["output_sha256"]) == 64
+    assert row["output_sha256"] != summarize(runs[:1])["output_sha256"]
 
 
 def test_without_a_cache_bytes_are_those_the_kernel_fetched() -> None:
-    stock = replace(RUN, info=None, prefill=None, decode=None)
-    row = summarize_runs([stock], [7])
+    row = summarize([record(STOCK)])
     assert (row["hit_rate"], row["bytes_per_token"], row["demand_bytes_per_token"]) == (None, 1024, None)
-    assert summarize_runs([replace(stock, read_bytes=None)], [7])["bytes_per_token"] is None
+    assert row["layer_hit_rate"] is None
+    assert summarize([record(replace(STOCK, read_bytes=None))])["bytes_per_token"] is None
 
 
-def test_the_interval_of_known_data() -> None:
-    rng = np.random.default_rng(3)
-    samples = rng.normal(100, 5, 400).tolist()
-    low, high = bootstrap_ci95(samples) or (0, 0)
-    # The standard error of the median of normal data is 1.2533 sigma / sqrt(n).
-    assert low < np.median(samples) < high
-    assert high - low == pytest.approx(2 * 1.96 * 1.2533 * 5 / 20, rel=0.35)
-    assert bootstrap_ci95(samples) == [low, high]
-    assert bootstrap_ci95([1.0]) is None
+def test_tokens_have_their_places_on_the_clock_that_power_is_sampled_on() -> None:
+    # The clock of token_ns stands still 1 ms after each token.
+    assert RUN.moments_ns == [time * MS for time in (1100, 1111, 1122, 1133, 1184)]
 
 
 def row_of(arm: str, tpot_ms: float | None, **fields: Any) -> Row:
@@ -215,15 +172,31 @@ def test_without_a_resident_run_there_is_no_limit() -> None:
 
 
 def options(*models: Path, **fields: Any) -> Options:
-    defaults: dict[str, Any] = {"prompt": "w00000w00001w00002", "n_gen": 12, "n_threads": 1}
+    workload = single_prompt("w00000w00001w00002")
+    defaults: dict[str, Any] = {"workload": workload, "n_gen": 12, "n_threads": 1, "cool_down_s": 0}
     return Options(models=models, **(defaults | fields))
 
 
 def test_arms_of_all_models() -> None:
     a, b = Path("a"), Path("b")
-    wanted = options(a, b, budgets=("8s", "8s"), baselines=("mmap", "resident"), repack=True)
-    arms = [("cache", "8s", False), ("mmap", None, False), ("resident", None, False), ("resident", None, True)]
-    assert plan_arms(wanted) == [Arm(name, model, budget, repack) for model in (a, b) for name, budget, repack in arms]
+    wanted = options(a, b, budgets=("8s", "8s"), baselines=("mmap", "resident"), repack=True, policies=("lru", "lfu"))
+    arms = [
+        {"name": "cache", "budget": "8s", "policy": "lru"},
+        {"name": "cache", "budget": "8s", "policy": "lfu"},
+        {"name": "mmap"},
+        {"name": "resident"},
+        {"name": "resident", "repack": True},
+    ]
+    assert plan_arms(wanted) == [Arm(model=model, **fields) for model in (a, b) for fields in arms]
+
+
+def test_arms_take_turns_and_every_other_time_in_reverse() -> None:
+    turns = list(schedule(2, 2, 2))
+    assert [(turn.arm, turn.prompt, turn.repetition) for turn in turns] == [
+        *((0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0)),
+        *((0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 1, 1)),
+    ]
+    assert len(set(schedule(3, 5, 7))) == 3 * 5 * 7
 
 
 @pytest.fixture(scope="module")
@@ -240,20 +213,6 @@ def test_the_fingerprint_tells_models_apart(twin: Path, tmp_path: Path) -> None:
     layouts = read_model(copy)
     copy.write_bytes(data)
     assert fingerprint(layouts) != fingerprint(read_model(twin))
-
-
-def test_a_report_is_a_picture(tmp_path: Path) -> None:
-    rows = [
-        row_of("cache", 60.0, budget_bytes=1 << 20, tpot_ms_ci95=[50.0, 70.0], limit_ms=20.0),
-        row_of("cache", 50.0, budget_bytes=2 << 20, tpot_ms_ci95=[45.0, 51.0], limit_ms=20.0),
-        row_of("mmap", 900.0),
-        row_of("resident", 20.0, bytes_per_token=0.0),
-        row_of("cache", None, model_path="failed.gguf"),
-    ]
-    path = tmp_path / "report.png"
-    write_report(rows, path, title="test")
-    assert path.read_bytes().startswith(b"\x89PNG\r\n")
-    write_report(rows[2:], path, title="no cache")
 
 
 def test_rare_experts_hand_their_tokens_to_frequent_ones() -> None:
@@ -305,6 +264,10 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
         (["--baseline", "mmap", "--policy", "lru"], "--policy has no effect without --budget"),
         (["--baseline", "resident", "--memory-limit", "1G"], "--memory-limit has no effect on resident runs"),
         (["--force"], "--force has no effect without --output"),
+        (["--resume"], "--resume has no effect without --output"),
+        (["--resume", "--force", "-o", "x"], "give one of them"),
+        (["--prompts", "2"], "--prompts has no effect without --workload"),
+        (["-p", "text", "--workload", "gsm8k"], "exclude each other"),
         (["-n", "1"], "-n"),
     ],
 )
@@ -351,7 +314,7 @@ def test_every_arm_gives_the_same_output_and_a_full_row(twin: Path) -> None:
         baselines=("mmap", "resident"),
         repetitions=2,
         memory_limit=512 << 20,
-        policy="lru",
+        policies=("lru",),
         cache_threads=2,
     )
     result = bench(wanted, report)
@@ -367,7 +330,11 @@ def test_every_arm_gives_the_same_output_and_a_full_row(twin: Path) -> None:
         assert row["peak_memory_bytes"] > 1 << 20
         assert row["storage_bytes_per_s"] > 0
         assert row["kernels"] == "plain"
-        assert row["joules_per_token"] is None
+        # A token of this model takes a fraction of a millisecond; below 0.1 % are those of real ones.
+        assert 0 < row["timer_overhead"] < 1e-2
+        assert row["pause_ms_per_token"] > 0
+        assert row["device_state"].keys() == row["device_state_after"].keys()
+        check_samples(row, 2)
     assert [row["n_slots"] for row in cached] == [2, 8, EXPERTS]
     assert all(row["policy"] == "lru" and row["cache_threads"] == 2 for row in cached)
     assert cached[0]["hit_rate"] <= cached[1]["hit_rate"] <= cached[2]["hit_rate"]
@@ -376,8 +343,108 @@ def test_every_arm_gives_the_same_output_and_a_full_row(twin: Path) -> None:
     assert rows[3]["limit_ms"] is None
     assert rows[4]["limit_ratio"] == 1
     assert [row["memory_limit_bytes"] for row in rows[3:]] == [512 << 20 if groups_permitted() else None, None]
-    arms = [f"twin.gguf, {name}" for name in ("cache 2s", "cache 8s", f"cache {EXPERTS}s", "mmap", "resident")]
+    names = ("cache 2s lru", "cache 8s lru", f"cache {EXPERTS}s lru", "mmap", "resident")
+    arms = [f"twin.gguf, {name}" for name in names]
     assert order == [*arms, *arms[-2::-1]]
+
+
+def check_samples(row: Row, count: int) -> None:
+    """What is kept of each token adds up to what the row says."""
+    samples = row["samples"]
+    assert len(samples) == count
+    steps = count * (row["n_gen"] - 1)
+    assert sum(len(sample["itl_ns"]) for sample in samples) == steps
+    gaps = [gap for sample in samples for gap in sample["itl_ns"]]
+    assert sum(gaps) / steps / MS == pytest.approx(row["itl_ms_mean"])
+    assert max(gaps) / MS == pytest.approx(row["itl_ms_max"])
+    if row["arm"] != "cache":
+        assert all(sample["hits"] is None for sample in samples)
+        return
+    hits, misses, read, stall = (
+        sum(sum(sample[name]) for sample in samples) for name in ("hits", "misses", "bytes", "stall_ns")
+    )
+    assert hits / (hits + misses) == pytest.approx(row["hit_rate"])
+    assert read / steps == pytest.approx(row["bytes_per_token"])
+    assert stall / steps / MS == pytest.approx(row["stall_ms_per_token"])
+    assert sum(sum(sample["layer_hits"]) for sample in samples) == hits
+    assert len(row["layer_hit_rate"]) == LAYERS
+
+
+@pytest.mark.runtime
+@pytest.mark.usefixtures("runtime")
+def test_every_prompt_is_decoded_by_every_arm(twin: Path) -> None:
+    workload = Workload("two", (Prompt("a", "w00000"), Prompt("b", "w00000w00001", chat=True)))
+    wanted = options(
+        twin, workload=workload, budgets=("4s",), baselines=("resident",), repetitions=2, page_cache="warm"
+    )
+    rows = bench(wanted).rows
+    check_identical(rows)
+    for row in rows:
+        assert [(sample["prompt"], sample["repetition"]) for sample in row["samples"]] == [
+            ("a", 0),
+            ("b", 0),
+            ("a", 1),
+            ("b", 1),
+        ]
+        assert [(output["prompt"], output["n_prompt"]) for output in row["outputs"]] == [("a", 1), ("b", 2)]
+        assert all(output["text"].startswith("w0") for output in row["outputs"])
+        # A twin has no chat template, so a message is a text.
+        assert (row["chat_template"], row["page_cache"], row["repetitions"]) == (False, "warm", 2)
+    assert rows[0]["paired_ratios"]["resident"]["pairs"] == 4
+
+
+@pytest.mark.runtime
+@pytest.mark.usefixtures("runtime")
+def test_power_and_mode_of_the_machine_are_in_the_rows(
+    twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = orin_nx(tmp_path)
+    monkeypatch.setattr(bench_module, "Watch", partial(Watch, root=board))
+    # Long enough for some samples, one every 20 ms.
+    (row,) = bench(options(twin, budgets=("4s",), n_gen=400)).rows
+    assert (row["status"], row["power_mode"], row["power_source"]) == ("ok", "MAXN_SUPER", "ina3221")
+    assert row["power_w_mean"] == pytest.approx(VDD_IN_WATTS)
+    # Energy counts the pauses of the clock of the token times.
+    pauses = row["pause_ms_per_token"] * row["n_gen"] / (row["n_gen"] - 1)
+    expected = VDD_IN_WATTS * (row["itl_ms_mean"] + pauses) / 1e3
+    assert row["joules_per_token"] == pytest.approx(expected, rel=0.02)
+    power = row["samples"][0]["power"]
+    assert len(power["tokens_ms"]) == 400
+    assert len(power["t_ms"]) == len(power["watts"]) > 5
+
+
+@pytest.mark.runtime
+@pytest.mark.usefixtures("runtime")
+def test_an_interrupted_benchmark_goes_on(twin: Path, tmp_path: Path) -> None:
+    out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    command = [sys.executable, "-m", "remoe_edge", "bench", str(twin), "--budget", "4s", "--baseline", "resident"]
+    command += ["-p", "w00000", "-n", "40", "-r", "6", "-t", "1", "-o", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if journal.exists() and len(journal.read_text().splitlines()) >= 3:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert "--resume" in said
+    assert not out.exists()
+    kept = journal.read_text().splitlines()[1:]
+    assert 2 <= len(kept) < 12
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert "--resume" in again.stderr
+    other = subprocess.run([*command, "-n", "41", "--resume"], capture_output=True, text=True, check=False)
+    assert other.returncode == 1
+    assert "number of tokens" in other.stderr
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["repetitions"] for row in rows] == [6, 6]
+    assert not journal.exists()
+    # The first runs are those made before the interruption.
+    times = {json.loads(line)["run"]["token_ns"][0] for line in kept}
+    assert times <= {sample["ttft_ns"] for row in rows for sample in row["samples"]}
 
 
 @pytest.mark.runtime

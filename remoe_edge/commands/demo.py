@@ -9,14 +9,15 @@ from pathlib import Path
 import click
 
 from remoe_edge.commands.bench import print_table
+from remoe_edge.commands.report import report_writer
 from remoe_edge.files import atomic_output, refuse_existing
 from remoe_edge.measure.demo import run_demo
-from remoe_edge.measure.report import write_report
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.sizes import format_size
 
 _DEFAULT_NAME = "remoe-demo"
+_TITLE = "Twin of OLMoE-1B-7B (real routing, random weights), before and after a made-up router change"
 
 
 @click.command("demo")
@@ -25,7 +26,7 @@ _DEFAULT_NAME = "remoe-demo"
     "--output",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for report.png and results.jsonl. [default: remoe-demo, or the next free remoe-demo-N]",
+    help="Folder for report.html, report.png and results.jsonl. [default: remoe-demo, or the next free remoe-demo-N]",
 )
 @click.option("--force", is_flag=True, help="Overwrite existing results in --output.")
 def command(output: Path | None, force: bool) -> None:
@@ -42,8 +43,9 @@ def command(output: Path | None, force: bool) -> None:
     if force and output is None:
         raise click.UsageError("--force has no effect without --output.")
     folder = output or free_folder()
-    report_path, rows_path = folder / "report.png", folder / "results.jsonl"
-    for path in report_path, rows_path:
+    report_paths = {"html": folder / "report.html", "png": folder / "report.png"}
+    rows_path = folder / "results.jsonl"
+    for path in *report_paths.values(), rows_path:
         refuse_existing(path, force)
     folder.mkdir(parents=True, exist_ok=True)
     with stderr_progress() as report:
@@ -51,12 +53,9 @@ def command(output: Path | None, force: bool) -> None:
         demo = run_demo(report)
     with atomic_output(rows_path, force=force) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in demo.result.rows))
-    with atomic_output(report_path, force=force) as temporary:
-        write_report(
-            demo.result.rows,
-            temporary,
-            title="Twin of OLMoE-1B-7B (real routing, random weights), before and after a made-up router change",
-        )
+    for form, path in report_paths.items():
+        with atomic_output(path, force=force) as temporary:
+            report_writer(demo.result.rows, _TITLE, form)(temporary)
     print_table(demo.result.rows, demo.result.notes)
     limits = {row["memory_limit_bytes"] for row in demo.result.rows if row["arm"] != "resident"}
     limited = f"under a memory limit of {format_size(demo.memory_limit)}" if None not in limits else "without a limit"

@@ -17,7 +17,16 @@ from remoe_edge.files import refuse_existing
 from remoe_edge.gguf_io.layout import read_model
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
-from remoe_edge.runtime.llama import CacheConfig, Model, Session, default_threads, load_model
+from remoe_edge.runtime.llama import (
+    POLICIES,
+    PREFETCHES,
+    READ_MODES,
+    CacheConfig,
+    Model,
+    Session,
+    default_threads,
+    load_model,
+)
 from remoe_edge.sizes import format_size
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -36,8 +45,13 @@ _INTERRUPTED = 128 + signal.SIGINT
     help="Budget of the expert cache: bytes (880MiB), slots per layer (16s), auto, or off for stock llama.cpp. "
     "[default: auto; off for a model without experts]",
 )
-@click.option("--policy", type=click.Choice(["lru", "lfu"]), help="Which expert loses its slot. [default: lfu]")
-@click.option("--io", type=click.Choice(["auto", "direct", "mmap"]), help="How experts are read. [default: auto]")
+@click.option("--policy", type=click.Choice(POLICIES), help=f"Which experts keep their slots. [default: {POLICIES[0]}]")
+@click.option("--io", type=click.Choice(READ_MODES), help="How experts are read. [default: auto]")
+@click.option(
+    "--prefetch",
+    type=click.Choice(PREFETCHES),
+    help="Read ahead what the next layer's router would choose now. [default: off]",
+)
 @click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
 @click.option(
     "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="Compute threads. [default: physical cores]"
@@ -69,6 +83,7 @@ def command(
     budget: str | None,
     policy: str | None,
     io: str | None,
+    prefetch: str | None,
     cache_threads: int | None,
     threads: int | None,
     n_ctx: int | None,
@@ -90,14 +105,15 @@ def command(
     with status 130.
     """
     if budget == "off":
-        _refuse({"--policy": policy, "--io": io, "--cache-threads": cache_threads}, "with --expert-cache off")
+        given = {"--policy": policy, "--io": io, "--prefetch": prefetch, "--cache-threads": cache_threads}
+        _refuse(given, "with --expert-cache off")
     if temp == 0:
         _refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
     if force and trace is None:
         raise click.UsageError("--force has no effect without --trace.")
     if trace is not None:
         refuse_existing(trace, force)
-    config = CacheConfig(budget or ("auto" if has_experts(model) else "off"), policy, io, cache_threads)
+    config = CacheConfig(budget or ("auto" if has_experts(model) else "off"), policy, io, cache_threads, prefetch)
     with stderr_progress() as report:
         ensure_runtime(report=report)
     with load_model(model, config, verbose=verbose) as loaded:

@@ -19,7 +19,10 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.files import atomic_output, cache_dir
 from remoe_edge.gguf_io.convert import convert
 from remoe_edge.gguf_io.layout import read_model
-from remoe_edge.measure.bench import Options, Result, Row, bench
+from remoe_edge.measure.arms import Options
+from remoe_edge.measure.bench import Result, bench
+from remoe_edge.measure.rows import Row
+from remoe_edge.measure.workloads import single_prompt
 from remoe_edge.progress import Report, silent
 from remoe_edge.routing.trace import Trace, packaged_trace
 from remoe_edge.routing.twin import plan_twin, write_twin
@@ -61,7 +64,7 @@ def run_demo(report: Report = silent) -> Demo:
     convert(base, router, tuned, force=True, progress=lambda done, total: report("exporting the router", done / total))
     options = Options(
         models=(base, tuned),
-        prompt=_PROMPT,
+        workload=single_prompt(_PROMPT),
         n_gen=_N_GEN,
         n_threads=default_threads(),
         budgets=_BUDGETS,

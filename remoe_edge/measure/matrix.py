@@ -26,7 +26,10 @@ import numpy as np
 from remoe_edge import __version__
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import Layout, read_model
-from remoe_edge.measure.bench import Options, Row, bench
+from remoe_edge.measure.arms import Options
+from remoe_edge.measure.bench import bench
+from remoe_edge.measure.rows import Row
+from remoe_edge.measure.workloads import single_prompt
 from remoe_edge.progress import Report, silent
 from remoe_edge.routing.trace import excerpt, load_trace, packaged_trace
 from remoe_edge.routing.twin import plan_twin, write_twin
@@ -80,7 +83,7 @@ class Settings:
 
     n_threads: int
     fractions: Sequence[Fraction] = FRACTIONS
-    policies: Sequence[str] = ("lfu", "lru")
+    policies: Sequence[str] = ("next-use", "lfu", "lru")
     read_modes: Sequence[str] = ("direct", "mmap")
     n_gen: int = 64
     n_gen_mmap: int = 16
@@ -286,17 +289,15 @@ def _options(model: Path, engine: Engine, settings: Settings, limit: int | None)
     """The engine as the only arm of a benchmark."""
     options = Options(
         models=(model,),
-        prompt=_PROMPT,
+        workload=single_prompt(_PROMPT),
         n_gen=settings.n_gen_mmap if engine.arm == "mmap" else settings.n_gen,
         n_threads=settings.n_threads,
         budgets=(),
         memory_limit=limit,
     )
     if engine.arm == "cache":
-        return replace(options, budgets=(f"{engine.slots}s",), policy=engine.policy, io=engine.read_mode)
-    if engine.repack:
-        return replace(options, repack=True)
-    return replace(options, baselines=(engine.arm,))
+        return replace(options, budgets=(f"{engine.slots}s",), policies=(engine.policy,), read_modes=(engine.read_mode,))
+    return replace(options, baselines=(engine.arm,), repack=engine.repack)
 
 
 def _available_memory() -> int:

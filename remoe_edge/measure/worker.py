@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,11 +34,23 @@ from remoe_edge.runtime.llama import CacheConfig, CacheInfo, CacheStats, Session
 _SAMPLE_S = 0.05
 _PROGRESS_NS = 500_000_000
 _PR_SET_PDEATHSIG = 1
+_READ_BYTES = 8 << 20
+_CLOCK_READS = 20_000
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to decode, and how. `cache.budget` "off" is stock behaviour."""
+    """What to decode, and how.
+
+    Attributes
+    ----------
+    cache
+        Budget "off" is stock behaviour.
+    chat
+        Put the prompt into the model's chat template, if it has one.
+    warm_files
+        Files to read through before the model is loaded, so that the page cache holds what fits of them.
+    """
 
     model: str
     prompt: str
@@ -48,6 +61,38 @@ class Job:
     repack: bool
     n_batch: int = 512
     n_ubatch: int = 512
+    chat: bool = False
+    warm_files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenCounters:
+    """What happened between each token and the one before it: lists of n_gen - 1 numbers.
+
+    Attributes
+    ----------
+    hits, misses, bytes, stall_ns
+        Of the expert cache; None without it. `bytes` are those it read.
+    major_faults
+        Of the process.
+    read_bytes
+        What the kernel fetched from storage for the process; None where it does not tell.
+    """
+
+    hits: list[int] | None
+    misses: list[int] | None
+    bytes: list[int] | None
+    stall_ns: list[int] | None
+    major_faults: list[int]
+    read_bytes: list[int] | None
+
+
+@dataclass(frozen=True)
+class LayerCounters:
+    """Hits and misses of each MoE layer after the first token."""
+
+    hits: list[int]
+    misses: list[int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +103,12 @@ class DecodeRun:
     ----------
     token_ns
         When each token was chosen, from the start of the prompt's evaluation; the first is the TTFT. The clock stands
-        still while logits are hashed.
+        still while logits are hashed and counters are read.
+    start_ns, pause_ns
+        When the prompt's evaluation began on CLOCK_MONOTONIC, and how long the clock stood still after each token:
+        token i was chosen at start_ns + token_ns[i] + sum(pause_ns[:i]).
+    timer_ns
+        What reading the clock cost each token, measured in the same process.
     prefill, decode
         Counters of the expert cache before and after the first token; None without it.
     major_faults, read_bytes
@@ -89,10 +139,28 @@ class DecodeRun:
     model_bytes: int
     model_params: int
     memory: dict[str, int]
+    chat_template: bool = False
+    start_ns: int = 0
+    pause_ns: list[int] = field(default_factory=list)
+    timer_ns: float = 0.0
+    tokens: TokenCounters | None = None
+    layers: LayerCounters | None = None
+
+    @property
+    def moments_ns(self) -> list[int]:
+        """When each token was chosen, on CLOCK_MONOTONIC."""
+        paused = itertools.accumulate([self.start_ns, *self.pause_ns])
+        return [begin + time for begin, time in zip(paused, self.token_ns, strict=False)]
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> DecodeRun:
-        nested = {"prefill": CacheStats, "decode": CacheStats, "info": CacheInfo}
+        nested = {
+            "prefill": CacheStats,
+            "decode": CacheStats,
+            "info": CacheInfo,
+            "tokens": TokenCounters,
+            "layers": LayerCounters,
+        }
         parts = {key: kind(**content[key]) if content[key] is not None else None for key, kind in nested.items()}
         return cls(**{**content, **parts})
 
@@ -107,17 +175,22 @@ class DecodeFailedError(RemoeError):
 
 def decode(job: Job, progress: Callable[[float], None] = lambda fraction: None) -> DecodeRun:
     """Load the model, evaluate the prompt and generate `n_gen` tokens, in this process."""
+    for name in job.warm_files:
+        _read_through(Path(name))
     memory = {"start": process_memory("self")}
     path = Path(job.model)
     with load_model(path, job.cache, mmap=job.mmap, repack=job.repack) as model:
         memory["loaded"] = process_memory("self")
-        prompt = model.tokenize(job.prompt)
+        chat = job.chat and model.has_chat_template
+        # A chat template writes out the special tokens itself.
+        text = model.chat_prompt(job.prompt) if chat else job.prompt
+        prompt = model.tokenize(text, add_special=not chat)
         if not prompt:
             raise RemoeError("the prompt is empty; give some text")
         n_ctx = len(prompt) + job.n_gen
-        with model.session(n_ctx=n_ctx, n_batch=job.n_batch, n_ubatch=job.n_ubatch, n_threads=job.n_threads) as session:
+        with model.session(n_ctx=n_ctx, n_batch=job.n_batch, n_ubatch=job.n_ubatch, n_threads=job.n_threads) as context:
             memory["ready"] = process_memory("self")
-            return _generate(session, prompt, job.n_gen, memory, progress)
+            return replace(_generate(context, prompt, job.n_gen, memory, progress), chat_template=chat)
 
 
 def _generate(
@@ -125,8 +198,10 @@ def _generate(
 ) -> DecodeRun:
     tokens: list[int] = []
     token_ns: list[int] = []
+    pause_ns: list[int] = []
+    counters: list[_Counters] = []
     logits_hash = hashlib.sha256()
-    reported = begin = time.monotonic_ns()
+    reported = start = begin = time.monotonic_ns()
     session.decode(prompt)
     for token in session.generate(n_gen):
         now = time.monotonic_ns()
@@ -136,31 +211,88 @@ def _generate(
         if len(tokens) == 1:
             prefill = session.stats()
             session.reset_stats()
-            faults, read = _major_faults(), _read_bytes()
+        counters.append(_Counters.of(session))
         if now - reported > _PROGRESS_NS:
             reported = now
             progress(len(tokens) / n_gen)
-        begin += time.monotonic_ns() - now
-    end_read = _read_bytes()
+        pause_ns.append(time.monotonic_ns() - now)
+        begin += pause_ns[-1]
+    first, last = counters[0], counters[-1]
     memory["end"] = process_memory("self")
+    info = session.info()
     return DecodeRun(
         n_prompt=len(prompt),
         n_gen=n_gen,
         token_ns=token_ns,
         prefill=prefill,
-        decode=session.stats(),
-        major_faults=_major_faults() - faults,
-        read_bytes=None if read is None or end_read is None else end_read - read,
+        decode=last.stats,
+        major_faults=last.major_faults - first.major_faults,
+        read_bytes=None if first.read_bytes is None or last.read_bytes is None else last.read_bytes - first.read_bytes,
         output_sha256=hashlib.sha256(np.array(tokens, "<i4").tobytes()).hexdigest(),
         logits_sha256=logits_hash.hexdigest(),
         text=session.detokenize(tokens),
-        info=session.info(),
+        info=info,
         kernels=session.kernels,
         model_description=session.description,
         model_bytes=session.n_bytes,
         model_params=session.n_params,
         memory=memory,
+        start_ns=start,
+        pause_ns=pause_ns,
+        timer_ns=2 * _clock_cost_ns(),
+        tokens=_token_counters(counters),
+        layers=_layer_counters(session, info.n_layers) if info else None,
     )
+
+
+@dataclass(frozen=True)
+class _Counters:
+    """What has been counted up to a token."""
+
+    stats: CacheStats | None
+    major_faults: int
+    read_bytes: int | None
+
+    @classmethod
+    def of(cls, session: Session) -> _Counters:
+        return cls(session.stats(), _major_faults(), _read_bytes())
+
+
+def _token_counters(counters: list[_Counters]) -> TokenCounters:
+    def steps(values: list[int]) -> list[int]:
+        return [after - before for before, after in itertools.pairwise(values)]
+
+    cached = [each.stats for each in counters if each.stats]
+    reads = [each.read_bytes for each in counters if each.read_bytes is not None]
+    return TokenCounters(
+        hits=steps([stats.hits for stats in cached]) if cached else None,
+        misses=steps([stats.misses for stats in cached]) if cached else None,
+        bytes=steps([stats.bytes_demand + stats.bytes_prefetch for stats in cached]) if cached else None,
+        stall_ns=steps([stats.stall_ns for stats in cached]) if cached else None,
+        major_faults=steps([each.major_faults for each in counters]),
+        read_bytes=steps(reads) if len(reads) == len(counters) else None,
+    )
+
+
+def _layer_counters(session: Session, n_layers: int) -> LayerCounters:
+    layers = [stats for stats in map(session.stats, range(n_layers)) if stats]
+    return LayerCounters([stats.hits for stats in layers], [stats.misses for stats in layers])
+
+
+def _clock_cost_ns() -> float:
+    """Nanoseconds that reading the clock and keeping the value takes."""
+    kept: list[int] = []
+    begin = time.monotonic_ns()
+    for _ in range(_CLOCK_READS):
+        kept.append(time.monotonic_ns() - begin)
+    return (time.monotonic_ns() - begin) / _CLOCK_READS
+
+
+def _read_through(path: Path) -> None:
+    buffer = bytearray(_READ_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def _major_faults() -> int:
@@ -259,7 +391,7 @@ def main() -> int:
     # The process must not outlive the one that measures it.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     content = json.load(sys.stdin)
-    job = Job(**{**content, "cache": CacheConfig(**content["cache"])})
+    job = Job(**{**content, "cache": CacheConfig(**content["cache"]), "warm_files": tuple(content["warm_files"])})
 
     # Whatever a library prints must not get between our lines.
     with os.fdopen(os.dup(1), "w") as out:

@@ -26,6 +26,12 @@ from remoe_edge.errors import RemoeError
 
 Logits = npt.NDArray[np.float32]
 
+POLICIES = ("next-use", "lfu", "lru")
+"""Replacement policies of the runtime; the first is its default."""
+
+READ_MODES = ("auto", "direct", "mmap")
+PREFETCHES = ("off", "router")
+
 _LOG_ERROR, _LOG_CONTINUED = 4, 5  # enum ggml_log_level
 _LOG_LINES_KEPT = 200
 
@@ -43,7 +49,7 @@ class CacheConfig:
     budget
         Bytes ("880MiB"), slots per layer ("16s"), "auto", or "off": stock llama.cpp.
     policy
-        "lru" or "lfu".
+        One of `POLICIES`.
     io
         Read mode: "auto", "direct", "mmap".
     threads
@@ -99,8 +105,8 @@ class CacheStats:
     reads: int
     stall_ns: int
     read_ns: int
-    hits_prefetch: int
-    bytes_prefetch_used: int
+    hits_prefetch: int = 0
+    bytes_prefetch_used: int = 0
 
     @property
     def hit_rate(self) -> float | None:
@@ -233,6 +239,10 @@ class Model:
     def is_end(self, token: int) -> bool:
         """Whether the model ends its generation with this token."""
         return bool(_llama().llama_vocab_is_eog(self._vocab, token))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(_llama().llama_model_chat_template(self._model, None))
 
     def chat_prompt(self, text: str) -> str:
         """`text` as the message of a user, in the model's own chat template. Raises RemoeError if it has none."""
@@ -442,7 +452,7 @@ def load_model(
     mmap
         Map the file instead of reading all of it; the expert cache reads dense weights in any case.
     repack
-        Let llama.cpp rearrange weights for this CPU's kernels; experts in the cache stay as they are.
+        Let llama.cpp rearrange weights for this CPU's kernels, experts in the cache as well.
     verbose
         Show llama.cpp's log on stderr.
 

@@ -1,0 +1,1 @@
+"""Reports on benchmark rows for people: a web page, a picture, Markdown."""
