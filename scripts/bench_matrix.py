@@ -83,7 +83,9 @@ def main(
     """
     defaults = Settings(n_threads=threads or default_threads())
     if quick:
-        defaults = replace(defaults, policies=("next-use",), read_modes=("direct",), n_gen=16, n_gen_mmap=4, repetitions=1)
+        defaults = replace(
+            defaults, policies=("next-use",), read_modes=("direct",), n_gen=16, n_gen_mmap=4, repetitions=1
+        )
     settings = replace(
         defaults,
         policies=policies or defaults.policies,

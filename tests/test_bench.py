@@ -135,6 +135,7 @@ def row_of(arm: str, tpot_ms: float | None, **fields: Any) -> Row:
         "tpot_ms": tpot_ms,
         "tpot_ms_ci95": None,
         "kernels": "plain",
+        "repack": False,
         "budget_bytes": None,
         "bytes_per_token": 1e6,
         "demand_bytes_per_token": None,
@@ -156,19 +157,19 @@ def limits(rows: list[Row]) -> list[tuple[float | None, float | None]]:
 
 def test_the_limit_is_compute_or_storage_whichever_takes_longer() -> None:
     rows = [
-        row_of("cache", 60.0, demand_bytes_per_token=10e6),
-        row_of("cache", 60.0, demand_bytes_per_token=40e6),
+        row_of("cache", 60.0, needed_bytes_per_token=10e6),
+        row_of("cache", 60.0, needed_bytes_per_token=40e6),
         row_of("mmap", 900.0),
         row_of("resident", 20.0),
-        row_of("resident", 15.0, kernels="repack"),
+        row_of("resident", 15.0, repack=True),
         row_of("cache", None),
     ]
-    assert limits(rows) == [(20, 3), (40, 1.5), (None, None), (20, 1), (None, None), (None, None)]
+    assert limits(rows) == [(20, 3), (40, 1.5), (None, None), (20, 1), (15, 1), (None, None)]
 
 
 def test_without_a_resident_run_there_is_no_limit() -> None:
     other = row_of("resident", 20.0, model_path="other.gguf")
-    assert limits([row_of("cache", 60.0, demand_bytes_per_token=1e6), other])[0] == (None, None)
+    assert limits([row_of("cache", 60.0, needed_bytes_per_token=1e6), other])[0] == (None, None)
 
 
 def options(*models: Path, **fields: Any) -> Options:
@@ -181,10 +182,9 @@ def test_arms_of_all_models() -> None:
     a, b = Path("a"), Path("b")
     wanted = options(a, b, budgets=("8s", "8s"), baselines=("mmap", "resident"), repack=True, policies=("lru", "lfu"))
     arms = [
-        {"name": "cache", "budget": "8s", "policy": "lru"},
-        {"name": "cache", "budget": "8s", "policy": "lfu"},
+        {"name": "cache", "budget": "8s", "policy": "lru", "repack": True},
+        {"name": "cache", "budget": "8s", "policy": "lfu", "repack": True},
         {"name": "mmap"},
-        {"name": "resident"},
         {"name": "resident", "repack": True},
     ]
     assert plan_arms(wanted) == [Arm(model=model, **fields) for model in (a, b) for fields in arms]

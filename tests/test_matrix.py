@@ -81,10 +81,13 @@ def row(engine: Engine, **changes: Any) -> dict[str, Any]:
 
 def test_engines_cover_the_matrix() -> None:
     planned = engines(SIZES, Settings(n_threads=1))
-    assert len(planned) == len({engine.label for engine in planned}) == 2 + 5 + 4 * 4 + 2
+    assert len(planned) == len({engine.label for engine in planned}) == 2 + 5 + 4 * 6 + 2
     assert {engine.slots for engine in planned if engine.arm == "cache"} == {4, 8, 12, 16, 32}
     assert {engine.slots for engine in planned if engine.arm == "mmap"} == {4, 8, 12, 16, 32}
-    assert [engine.policy for engine in planned if engine.slots == 32 and engine.arm == "cache"] == ["lfu", "lfu"]
+    assert [engine.policy for engine in planned if engine.slots == 32 and engine.arm == "cache"] == [
+        "next-use",
+        "next-use",
+    ]
 
 
 def test_real_twins_fit_in_6_gib() -> None:

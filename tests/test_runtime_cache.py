@@ -66,10 +66,12 @@ class TestRefusals:
             load(model, CacheConfig(budget))
 
     def test_unknown_policy_and_read_mode(self, model: Path) -> None:
-        with pytest.raises(RemoeError, match="unknown expert cache policy 'fifo', use lfu or lru"):
+        with pytest.raises(RemoeError, match="unknown expert cache policy 'fifo', use next-use, lfu or lru"):
             load(model, CacheConfig("8s", policy="fifo"))
         with pytest.raises(RemoeError, match="unknown expert cache read mode 'tape', use auto, direct or mmap"):
             load(model, CacheConfig("8s", io="tape"))
+        with pytest.raises(RemoeError, match="unknown expert prefetch 'oracle', use router or off"):
+            load(model, CacheConfig("8s", prefetch="oracle"))
 
     def test_dense_model(self, tmp_path: Path) -> None:
         dense = tmp_path / "dense.gguf"
@@ -86,7 +88,7 @@ class TestRefusals:
             load(path, CacheConfig("8s"))
 
     def test_flags_without_effect(self, model: Path) -> None:
-        for flag in (("--expert-cache-policy", "lru"), ("--expert-cache-io", "mmap"), ("--expert-cache-threads", "2")):
+        for flag in (("--expert-cache-policy", "lru"), ("--expert-cache-io", "mmap"), ("--expert-cache-threads", "2"), ("--expert-prefetch", "router")):
             result = completion(model, *flag)
             assert result.returncode != 0
             assert "have no effect without --expert-cache" in result.stderr + result.stdout
@@ -107,7 +109,7 @@ class TestTools:
         assert "expert cache" not in plain.stderr
         assert "4 slots of 16 experts in each of 3 layers" in flags.stderr
         assert "policy lru, direct reads" in flags.stderr
-        assert "policy lfu, mmap reads" in env.stderr
+        assert "policy next-use, mmap reads" in env.stderr
 
     def test_the_argument_wins_over_the_environment(self, model: Path) -> None:
         result = completion(model, "--expert-cache", "5s", env={"LLAMA_ARG_EXPERT_CACHE": "4s"})

@@ -40,6 +40,8 @@ def walk(session: Session) -> Iterator[int]:
     [
         ("lru", 16, 59.6, 60.0),
         ("lru", 24, 69.6, 69.6),
+        ("next-use", 16, 61.9, 72.3),
+        ("next-use", 24, 73.3, 83.3),
         ("lfu", 16, 61.9, 61.9),
         ("lfu", 24, 73.3, 73.3),
         ("lru", 8, 43.4, 43.4),
@@ -71,6 +73,20 @@ def test_counters_are_those_of_the_simulator(
     assert stats.reads == 3 * stats.misses
     assert stats.bytes_demand == stats.misses * info.expert_bytes // (trace.layers * trace.experts)
     assert sum(layer.hits for layer in layers if layer) == stats.hits
+
+
+@pytest.mark.parametrize("slots", [8, 16])
+def test_reading_ahead_reads_what_is_needed(twin: Path, slots: int) -> None:
+    """In a twin the residual stream hardly changes, so the next layer's router says now what it will say then."""
+    with open_model(twin, CacheConfig(f"{slots}s", prefetch="router"), n_threads=THREADS) as session:
+        assert list(walk(session)) == [step_token((step + 1) % STEPS) for step in range(STEPS)]
+        stats = session.stats()
+    assert stats
+    if slots == 8:
+        assert stats.bytes_prefetch == 0, "all slots belong to the experts of the last token"
+    else:
+        assert stats.hits_prefetch > 0
+        assert stats.bytes_prefetch_used > 0.99 * stats.bytes_prefetch > 0
 
 
 def test_trace_recorded_without_the_cache(twin: Path, tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ def command(
     over repetitions. The limit is what physics leaves: the larger of the resident run's TPOT and the bytes that had to
     be read over the storage's bandwidth, measured on the same file.
     """
-    for flag, given in ("--policy", policies), ("--io", read_modes), ("--cache-threads", cache_threads):
+    of_cache = {"--policy": policies, "--io": read_modes, "--prefetch": prefetches, "--cache-threads": cache_threads}
+    for flag, given in of_cache.items():
         if given and baselines and not budgets:
             raise click.UsageError(f"{flag} has no effect without --budget.")
     for flag, on in ("--force", force), ("--resume", resume):

@@ -105,7 +105,12 @@ def command(
     with status 130.
     """
     if budget == "off":
-        given = {"--policy": policy, "--io": io, "--prefetch": prefetch, "--cache-threads": cache_threads}
+        given: dict[str, object] = {
+            "--policy": policy,
+            "--io": io,
+            "--prefetch": prefetch,
+            "--cache-threads": cache_threads,
+        }
         _refuse(given, "with --expert-cache off")
     if temp == 0:
         _refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")

@@ -33,8 +33,8 @@ class Options:
     baselines
         "mmap": stock llama.cpp, experts in the page cache. "resident": all experts in memory, without a memory limit.
     repack
-        Use the repacked kernels that llama.cpp chooses for this CPU in "cache" and "resident" runs; "mmap" cannot, since
-        repacked weights are a copy in memory. Outputs of different kernels differ in their last bits.
+        Use the repacked kernels that llama.cpp chooses for this CPU in "cache" and "resident" runs; "mmap" cannot,
+        since repacked weights are a copy in memory. Outputs of different kernels differ in their last bits.
     memory_limit
         Bytes that runs other than resident ones may take, page cache included.
     page_cache
@@ -65,7 +65,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to hold the experts of one model. `budget`, `policy`, `read_mode` and `prefetch` are None except for "cache"."""
+    """One way to hold the experts of one model.
+
+    `budget`, `policy`, `read_mode` and `prefetch` are None except for "cache".
+    """
 
     name: str
     model: Path

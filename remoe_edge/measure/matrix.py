@@ -296,7 +296,9 @@ def _options(model: Path, engine: Engine, settings: Settings, limit: int | None)
         memory_limit=limit,
     )
     if engine.arm == "cache":
-        return replace(options, budgets=(f"{engine.slots}s",), policies=(engine.policy,), read_modes=(engine.read_mode,))
+        return replace(
+            options, budgets=(f"{engine.slots}s",), policies=(engine.policy,), read_modes=(engine.read_mode,)
+        )
     return replace(options, baselines=(engine.arm,), repack=engine.repack)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from remoe_edge.measure.bench import Row
+from remoe_edge.measure.rows import Row
 from remoe_edge.sizes import format_size
 
 _COLUMNS = (

@@ -327,7 +327,7 @@ def _references(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
 
 def arm_key(row: Row) -> tuple[Any, ...]:
     """What makes rows of different models or benchmarks comparable: the same way to hold the experts."""
-    return tuple(row[name] for name in ("arm", "budget", "policy", "read_mode", "prefetch", "repack"))
+    return tuple(row.get(name) for name in ("arm", "budget", "policy", "read_mode", "prefetch", "repack"))
 
 
 def read_rows(path: Path) -> list[Row]:

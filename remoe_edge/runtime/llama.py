@@ -84,7 +84,7 @@ class CacheInfo:
     policy: str
     io: str
     kernels: str
-    prefetch: str
+    prefetch: str = "off"
 
 
 @dataclass(frozen=True)

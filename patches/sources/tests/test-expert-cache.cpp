@@ -1,10 +1,12 @@
 // Unit test of the expert cache: real files and real reads, no model.
 
 #include "../src/llama-expert-cache.h"
+#include "../src/llama-expert-forecast.h"
 
 #undef NDEBUG
 #include <algorithm>
 #include <cassert>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,6 +22,8 @@ static constexpr int N_LAYERS  = 3;
 static constexpr int N_TENSORS = 3;
 static constexpr int N_EXPERT  = 16;
 static constexpr int K         = 4;
+
+static constexpr uint8_t MASK = 0x5a; // what the transform of these tests does to every byte
 
 static uint8_t pattern(int layer, int tensor, int expert, size_t i) {
     uint64_t x = (((uint64_t) layer * N_TENSORS + tensor) * N_EXPERT + expert) * 0x9e3779b97f4a7c15ull + i * 0xbf58476d1ce4e5b9ull;
@@ -59,9 +63,23 @@ struct test_file {
         assert(fd >= 0);
     }
 
+    test_file() = default;
+
     ~test_file() {
-        close(fd);
-        unlink(path.c_str());
+        if (fd >= 0) {
+            close(fd);
+            unlink(path.c_str());
+        }
+    }
+
+    // the same file and places, tensor it of every layer transformed
+    test_file with_transform(int it) const {
+        test_file res;
+        res.groups = groups;
+        for (auto & g : res.groups) {
+            g.tensors[it].transform = true;
+        }
+        return res;
     }
 
     void write_out() const {
@@ -96,7 +114,7 @@ static std::vector<int> run_op(llama_expert_cache & cache, const test_file & fil
                 }
                 got[ith].push_back(expert);
                 for (size_t i = 0; i < size; i++) {
-                    wrong += ((const uint8_t *) data)[i] != pattern(il, it, expert, i);
+                    wrong += ((const uint8_t *) data)[i] != (pattern(il, it, expert, i) ^ (file.groups[il].tensors[it].transform ? MASK : 0));
                 }
             }
         });
@@ -179,7 +197,7 @@ struct reference_lru {
 };
 
 static void test_decode(const test_file & file, llama_expert_io_mode io) {
-    for (const auto policy : { LLAMA_EXPERT_POLICY_LRU, LLAMA_EXPERT_POLICY_LFU }) {
+    for (const auto policy : { LLAMA_EXPERT_POLICY_LRU, LLAMA_EXPERT_POLICY_LFU, LLAMA_EXPERT_POLICY_NEXT_USE }) {
         for (const int n_slots : { K, 6, 9, N_EXPERT }) {
             for (const int n_threads : { 1, 3 }) {
                 llama_expert_files files({ file.fd }, io);
@@ -227,8 +245,120 @@ static void test_decode(const test_file & file, llama_expert_io_mode io) {
     }
 }
 
+// decode with experts read ahead, some of them expected rightly, some not; one tensor is transformed on its way
+static void test_ahead(const test_file & file, llama_expert_io_mode io) {
+    test_file transformed = file.with_transform(1);
+    for (const int n_slots : { K, 6, 9, N_EXPERT }) {
+        for (const int n_readers : { 1, 4 }) {
+            llama_expert_files files({ file.fd }, io);
+            llama_expert_cache cache(files, transformed.groups, LLAMA_EXPERT_POLICY_NEXT_USE, n_readers, [&](int group, int tensor, const uint8_t * src, uint8_t * dst) {
+                for (size_t i = 0; i < transformed.groups[group].tensors[tensor].size; i++) {
+                    dst[i] = src[i] ^ MASK;
+                }
+            });
+            cache.allocate(n_slots);
+
+            router                     route(n_slots * 10 + n_readers);
+            std::mt19937               rng(n_slots);
+            std::vector<std::set<int>> last(N_LAYERS);
+            uint64_t                   n_asked = 0;
+
+            for (int t = 0; t < 60; t++) {
+                for (int il = 0; il < N_LAYERS; il++) {
+                    std::vector<int32_t> ids;
+                    for (int i = 0; i < (t % 10 == 9 ? 10 : 1); i++) { // now and then a call that streams
+                        const auto token = route.token(il);
+                        ids.insert(ids.end(), token.begin(), token.end());
+                    }
+                    // what the layer is about to need, with errors; a moment later the call comes
+                    std::vector<int> expected;
+                    for (const int e : ids) {
+                        expected.push_back(rng() % 3 == 0 ? (int) (rng() % N_EXPERT) : e);
+                    }
+                    cache.read_ahead(il, expected);
+                    std::this_thread::sleep_for(std::chrono::microseconds(rng() % 300));
+
+                    const auto   before   = cache.counters(il);
+                    const size_t n_needed = std::set<int>(ids.begin(), ids.end()).size();
+                    run_call(cache, transformed, il, ids, K, 1 + t % 3);
+                    const auto after = cache.counters(il);
+
+                    const uint64_t hits = after.hits - before.hits;
+                    assert(hits + after.misses - before.misses == n_needed);
+                    if (ids.size() == K && t % 10 != 0) {
+                        assert(hits >= (uint64_t) std::count_if(ids.begin(), ids.end(), [&](int e) { return last[il].count(e) > 0; }));
+                    }
+                    last[il] = std::set<int>(ids.begin(), ids.end());
+                    n_asked += n_needed;
+                }
+            }
+            const auto c = cache.counters(-1);
+            assert(c.hits + c.misses == n_asked);
+            assert(c.hits_ahead <= c.hits && c.bytes_used <= c.bytes_ahead);
+            assert(n_slots == K || n_slots == N_EXPERT || (c.hits_ahead > 0 && c.bytes_used < c.bytes_ahead));
+        }
+    }
+}
+
+// a read ahead that fails is nobody's error; asked for, it is
+static void test_ahead_fault(test_file & file, llama_expert_io_mode io) {
+    llama_expert_files files({ file.fd }, io);
+    llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 2);
+    cache.allocate(8);
+
+    const int    il   = N_LAYERS - 1;
+    const auto & last = file.groups[il].tensors[N_TENSORS - 1];
+    run_call(cache, file, il, { 0, 1, 2, 3 }, K, 2);
+
+    assert(truncate(file.path.c_str(), last.offs + 14 * last.size + 100) == 0);
+    cache.read_ahead(il, { 14, 15 });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    run_call(cache, file, il, { 0, 1, 2, 3 }, K, 2);
+    assert(cache.last_error()[0] == '\0');
+
+    cache.read_ahead(il, { 14, 15 });
+    run_op(cache, file, il, 0, { 0, 1, 2, 14 }, K, 2);
+    run_op(cache, file, il, 1, { 0, 1, 2, 14 }, K, 2);
+    assert(run_op(cache, file, il, 2, { 0, 1, 2, 14 }, K, 2).back() == -2);
+    assert(std::string(cache.last_error()).find("expert 14") != std::string::npos);
+
+    file.write_out();
+    run_call(cache, file, il, { 0, 1, 2, 14 }, K, 2);
+}
+
+static void test_forecast() {
+    // expert e looks at dimension e; the second norm doubles dimension 2
+    const int          n        = 32;
+    std::vector<float> identity(n * n, 0.0f), ones(n, 1.0f), doubled(n, 1.0f), bias(n, 0.0f), choice(n, 0.0f), x(2 * n, 0.0f);
+    for (int i = 0; i < n; i++) {
+        identity[i * n + i] = 1.0f;
+    }
+    doubled[2] = 2.0f;
+    x[1]       = 3.0f;
+    x[2]       = 2.0f;
+    x[n + 5]   = 1.0f;
+
+    llama_expert_router cur  = { n, n, 2, identity.data(), nullptr, nullptr, ones.data(), false };
+    llama_expert_router next = { n, n, 2, identity.data(), nullptr, nullptr, doubled.data(), false };
+    assert((llama_expert_forecast(cur, next, x.data(), 1, n) == std::vector<int>{ 2, 1 }));
+
+    bias[7]   = 10.0f;
+    next.bias = bias.data();
+    assert((llama_expert_forecast(cur, next, x.data(), 1, n) == std::vector<int>{ 7, 2 }));
+
+    // first choices of all tokens first
+    next.bias      = nullptr;
+    const auto two = llama_expert_forecast(cur, next, x.data(), 2, n);
+    assert(two.size() == 4 && two[0] == 2 && two[1] == 5 && two[2] == 1);
+
+    choice[9]    = 1.0f;
+    next.choice  = choice.data();
+    next.sigmoid = true;
+    assert(llama_expert_forecast(cur, next, x.data(), 1, n)[0] == 9);
+}
+
 static void test_prefill(const test_file & file, llama_expert_io_mode io) {
-    for (const auto policy : { LLAMA_EXPERT_POLICY_LRU, LLAMA_EXPERT_POLICY_LFU }) {
+    for (const auto policy : { LLAMA_EXPERT_POLICY_LRU, LLAMA_EXPERT_POLICY_LFU, LLAMA_EXPERT_POLICY_NEXT_USE }) {
         for (const int n_slots : { K, 5, 8, 12, N_EXPERT }) {
             for (const int n_readers : { 1, 4 }) {
                 llama_expert_files files({ file.fd }, io);
@@ -364,6 +494,7 @@ static void test_budget(const test_file & file, llama_expert_io_mode io) {
 int main() {
     setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
 
+    test_forecast();
     for (const auto io : { LLAMA_EXPERT_IO_DIRECT, LLAMA_EXPERT_IO_MMAP }) {
         for (const bool aligned : { false, true }) {
             test_file file(aligned);
@@ -371,6 +502,8 @@ int main() {
             printf("%s, %s\n", llama_expert_io_mode_name(io), aligned ? "aligned" : "not aligned");
             test_budget(file, io);
             test_decode(file, io);
+            test_ahead(file, io);
+            test_ahead_fault(file, io);
             test_prefill(file, io);
             test_cut(file, io);
             test_flip(file, io);
