@@ -248,13 +248,13 @@ void llama_expert_cache::end_ahead(group & g, const std::vector<bool> & needed) 
         }
         const int expert = g.expert_of[slot];
 
-        size_t n_bytes  = 0;
-        bool   whole    = true;
+        size_t n_bytes   = 0;
+        bool   whole     = true;
         bool   in_flight = false;
         for (const auto & t : g.tensors) {
             const slice & s = t.slices[slot];
-            whole     = whole && s.state == SLICE_READY;
-            in_flight = in_flight || s.state == SLICE_LOADING;
+            whole           = whole && s.state == SLICE_READY;
+            in_flight       = in_flight || s.state == SLICE_LOADING;
             n_bytes += s.ahead ? t.desc.size : 0;
         }
         if (needed[expert]) {
@@ -779,7 +779,7 @@ const char * llama_expert_cache::last_error() const {
 bool llama_expert_cache::flip_byte(int il) {
     std::unique_lock<std::mutex> lock(mutex);
 
-    group & g = groups[il];
+    group & g   = groups[il];
     ahead.group = -1;
     cv_ready.wait(lock, [&g] { return g.n_loading == 0 && g.n_ahead == 0; });
     settle(g);

@@ -176,10 +176,10 @@ private:
         llama_expert_group_desc desc;
         std::vector<tensor>     tensors;
 
-        std::vector<int>   order;     // [n_tensors] in which the graph uses them, as seen
-        std::vector<int>   slot_of;   // [n_expert], -1: not in a slot
-        std::vector<int>   expert_of; // [n_slots],  -1: free
-        std::vector<bool>  ahead;     // [n_slots] taken for an expert that is read ahead of the next call
+        std::vector<int>  order;     // [n_tensors] in which the graph uses them, as seen
+        std::vector<int>  slot_of;   // [n_expert], -1: not in a slot
+        std::vector<int>  expert_of; // [n_slots],  -1: free
+        std::vector<bool> ahead;     // [n_slots] taken for an expert that is read ahead of the next call
 
         std::unique_ptr<llama_expert_ranking> ranking;
 

@@ -67,10 +67,10 @@ private:
         int tensor;
     };
 
-    std::unordered_map<const ggml_tensor *, place>  places;
-    std::vector<std::vector<const ggml_tensor *>>   tensors; // [group][tensor]
-    std::vector<int>                                blocks;  // [group] il, -1: not the experts that the router chooses
-    std::vector<llama_expert_router>                routers; // [group], empty: no prefetch
+    std::unordered_map<const ggml_tensor *, place> places;
+    std::vector<std::vector<const ggml_tensor *>>  tensors; // [group][tensor]
+    std::vector<int>                               blocks;  // [group] il, -1: not the experts that the router chooses
+    std::vector<llama_expert_router>               routers; // [group], empty: no prefetch
 
     void * range   = nullptr; // reserved addresses
     size_t n_range = 0;

@@ -328,7 +328,7 @@ static void test_ahead_fault(test_file & file, llama_expert_io_mode io) {
 
 static void test_forecast() {
     // expert e looks at dimension e; the second norm doubles dimension 2
-    const int          n        = 32;
+    const int          n = 32;
     std::vector<float> identity(n * n, 0.0f), ones(n, 1.0f), doubled(n, 1.0f), bias(n, 0.0f), choice(n, 0.0f), x(2 * n, 0.0f);
     for (int i = 0; i < n; i++) {
         identity[i * n + i] = 1.0f;
