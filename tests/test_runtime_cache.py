@@ -88,7 +88,12 @@ class TestRefusals:
             load(path, CacheConfig("8s"))
 
     def test_flags_without_effect(self, model: Path) -> None:
-        for flag in (("--expert-cache-policy", "lru"), ("--expert-cache-io", "mmap"), ("--expert-cache-threads", "2"), ("--expert-prefetch", "router")):
+        for flag in (
+            ("--expert-cache-policy", "lru"),
+            ("--expert-cache-io", "mmap"),
+            ("--expert-cache-threads", "2"),
+            ("--expert-prefetch", "router"),
+        ):
             result = completion(model, *flag)
             assert result.returncode != 0
             assert "have no effect without --expert-cache" in result.stderr + result.stdout

@@ -92,7 +92,7 @@ def test_logits_are_equal_to_the_bit(model: Path) -> None:
     plain = itertools.product(BUDGETS, ("direct", "mmap"), POLICIES, [False], ["off"])
     repacked = itertools.product(BUDGETS, ("direct", "mmap"), ["next-use"], [True], ["off", "router"])
     for budget, io, policy, repack, prefetch in [*plain, *repacked]:
-        config = CacheConfig(f"{BUDGETS[budget]}s", policy, io, prefetch=prefetch)
+        config = CacheConfig(f"{BUDGETS[budget]}s", policy, io, prefetch=prefetch, repack="on" if repack else None)
         with load_model(model, config, repack=repack) as cached:
             info = cached.info()
             assert info
@@ -103,6 +103,19 @@ def test_logits_are_equal_to_the_bit(model: Path) -> None:
                 assert same_bits(reference[repack][shape][0], logits), case
                 assert (evictions > 0) == (budget != "all"), case
                 assert (streamed > 0) == (budget != "all" and shape[1] >= 64) or shape[1] == 7, case
+
+
+def test_experts_that_are_read_once_are_repacked(model: Path) -> None:
+    """By default a budget that holds all experts has the kernels of stock llama.cpp, a smaller one the plain ones."""
+    with load_model(model, CacheConfig(f"{N_EXPERT}s", repack="on")) as repacked:
+        info = repacked.info()
+        assert info
+        wanted = info.kernels
+    for slots, kernels in (N_EXPERT, wanted), (N_EXPERT - 1, "plain"):
+        with load_model(model, CacheConfig(f"{slots}s")) as cached:
+            info = cached.info()
+            assert info
+            assert info.kernels == kernels
 
 
 def test_one_wrong_byte_shows(model: Path) -> None:

@@ -47,7 +47,7 @@ _TABLE_WIDTH = 160
     type=click.Choice(BASELINES),
     help="Measure as well: stock llama.cpp with experts in the page cache (mmap), or all experts in memory (resident).",
 )
-@click.option("--repack", is_flag=True, help="Use repacked kernels, as `run` does, in cache and resident runs.")
+@click.option("--repack", is_flag=True, help="Use this CPU's repacked kernels in cache and resident runs.")
 @click.option(
     "--memory-limit",
     metavar="SIZE",

@@ -33,8 +33,8 @@ def command(trace: Path | None, slots: tuple[int, ...], policy: tuple[str, ...],
     TRACE is a routing trace (.npz), as `--expert-trace` records it; the packaged trace of OLMoE-1B-7B by default. The
     simulated cache follows the rules of the runtime's, so its counters equal those of a decode run on the same trace.
     "next-use" evicts the expert that it expects back last, as it has learned from the trace so far, "lfu" the one with
-    the lowest use count, decayed with a half-life of 16 tokens, "lru" the least recently used one, "belady" the one whose
-    next use is farthest ahead, which no real cache can know.
+    the lowest use count, decayed with a half-life of 16 tokens, "lru" the least recently used one, "belady" the one
+    whose next use is farthest ahead, which no real cache can know.
     """
     loaded = packaged_trace() if trace is None else load_trace(trace)
     jobs = [(n, name) for n in slots or _default_slots(loaded) for name in policy or POLICIES]

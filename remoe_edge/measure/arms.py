@@ -87,7 +87,9 @@ class Arm:
     def cache(self, threads: int | None) -> CacheConfig:
         if self.budget is None:
             return CacheConfig("off")
-        return CacheConfig(self.budget, self.policy, self.read_mode, threads, self.prefetch)
+        return CacheConfig(
+            self.budget, self.policy, self.read_mode, threads, self.prefetch, "on" if self.repack else None
+        )
 
 
 @dataclass(frozen=True)

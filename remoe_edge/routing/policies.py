@@ -101,11 +101,11 @@ class NextUse(LRU):
     be true of them has a row of one weight per expert: expert i was used by this token, by the one before, by the one
     before that; the two experts ranked first were i and j; the first of this token and of the one before were i and j
     (pairs share ``PAIRS`` rows of each kind by hash). The rows of what is true, summed, give z and with it
-    p = 1/2 + z / (2 sqrt(1 + z z)), which is to predict discount^(n - 1) for an expert that is next used n tokens later,
-    0 beyond the horizon. Horizon and discount follow what a slot can outlive, slots / top_k tokens. When the horizon has
-    passed, each of the rows moves by rate * (what came - p), at a rate that falls with its updates: an online regression
-    to the quantity by which Belady's rule evicts. An expert's worth is z plus a little of its decayed frequency, which
-    carries the first tokens.
+    p = 1/2 + z / (2 sqrt(1 + z z)), which is to predict discount^(n - 1) for an expert that is next used n tokens
+    later, 0 beyond the horizon. Horizon and discount follow what a slot can outlive, slots / top_k tokens. When the
+    horizon has passed, each of the rows moves by rate * (what came - p), at a rate that falls with its updates: an
+    online regression to the quantity by which Belady's rule evicts. An expert's worth is z plus a little of its decayed
+    frequency, which carries the first tokens.
 
     Source: our own search, docs/decisions/0007-next-use.md. Floats are IEEE 754 single precision and every operation is
     the runtime's, in its order.
@@ -116,15 +116,16 @@ class NextUse(LRU):
     PAIRS = 512
     """Rows that each kind of pair shares."""
     RATE = np.float32(0.01)
-    """Learning rate of a row that was updated many times; one that was updated n times has RATE_NEW / (n + 2) on top."""
+    """Learning rate of a row that was updated many times."""
     RATE_NEW = np.float32(0.16)
-    PAIR_RATE = np.float32(4)
+    """What a row that was updated n times has on top: RATE_NEW / (n + 2)."""
+    PAIR_RATE = np.float32(9)
     """How much faster the row of a pair learns."""
     DECAY = np.float32(0.91700404)
     """Of the frequency, per token: half in 8."""
     TINY = np.float32(1e-6)
     """Frequencies below it are 0, so that no number is denormal."""
-    FREQUENCY = np.float32(0.07)
+    FREQUENCY = np.float32(0.12)
     """Weight of the frequency."""
 
     def __init__(self, layer: Layer) -> None:
@@ -139,7 +140,7 @@ class NextUse(LRU):
         self._frequency: Floats = np.zeros(experts, np.float32)
         self._worth: list[float] = []
         # The last tokens and what was true after each.
-        self._horizon = max(2, (5 * slots + top_k) // (2 * top_k))
+        self._horizon = max(2, (6 * slots + top_k) // (2 * top_k))
         self._events: deque[list[int]] = deque(maxlen=self._horizon)
         self._contexts: deque[list[int]] = deque(maxlen=self._horizon)
         one = np.float32(1)

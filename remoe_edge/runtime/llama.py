@@ -56,6 +56,8 @@ class CacheConfig:
         Reader threads.
     prefetch
         "router": read ahead what the next layer's router would choose now; "off".
+    repack
+        "on" or "off": use this CPU's repacked kernels; "auto": if the budget holds all experts.
     """
 
     budget: str = "auto"
@@ -63,6 +65,7 @@ class CacheConfig:
     io: str | None = None
     threads: int | None = None
     prefetch: str | None = None
+    repack: str | None = None
 
     @property
     def enabled(self) -> bool:
@@ -452,7 +455,7 @@ def load_model(
     mmap
         Map the file instead of reading all of it; the expert cache reads dense weights in any case.
     repack
-        Let llama.cpp rearrange weights for this CPU's kernels, experts in the cache as well.
+        Let llama.cpp rearrange weights for this CPU's kernels; of experts in the cache see `CacheConfig`.
     verbose
         Show llama.cpp's log on stderr.
 
@@ -512,6 +515,7 @@ def _overrides(config: CacheConfig) -> Any:
         "expert_cache.io": config.io,
         "expert_cache.threads": config.threads,
         "expert_cache.prefetch": config.prefetch,
+        "expert_cache.repack": config.repack,
     }
     given = {key: value for key, value in values.items() if value is not None}
     overrides = (llama.llama_model_kv_override * (len(given) + 1))()

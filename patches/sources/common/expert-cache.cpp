@@ -47,6 +47,9 @@ void common_expert_cache_from_env(std::vector<llama_model_kv_override> & overrid
     if (const char * value = std::getenv("LLAMA_ARG_EXPERT_CACHE_IO")) {
         common_expert_cache_set(overrides, "io", value);
     }
+    if (const char * value = std::getenv("LLAMA_ARG_EXPERT_CACHE_REPACK")) {
+        common_expert_cache_set(overrides, "repack", value);
+    }
     if (const char * value = std::getenv("LLAMA_ARG_EXPERT_PREFETCH")) {
         common_expert_cache_set(overrides, "prefetch", value);
     }
@@ -63,7 +66,7 @@ void common_expert_cache_check(const std::vector<llama_model_kv_override> & over
     const bool any    = std::any_of(overrides.begin(), overrides.end(), is_mine);
     const bool budget = std::any_of(overrides.begin(), overrides.end(), [](const auto & kv) { return PREFIX + "budget" == kv.key; });
     if (any && !budget) {
-        throw std::invalid_argument("error: --expert-cache-policy, --expert-cache-io, --expert-cache-threads and --expert-prefetch have no effect without --expert-cache\n");
+        throw std::invalid_argument("error: --expert-cache-policy, -io, -threads, -repack and --expert-prefetch have no effect without --expert-cache\n");
     }
 }
 

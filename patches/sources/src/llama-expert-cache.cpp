@@ -273,12 +273,15 @@ void llama_expert_cache::end_ahead(group & g, const std::vector<bool> & needed) 
 
 // the slot of a free expert, else of the one that the policy values least; experts of the last call keep theirs, and so
 // do those that are read ahead; -1: none can be had
-int llama_expert_cache::find_slot(const group & g) const {
+int llama_expert_cache::find_slot(const group & g, const std::vector<bool> & keep) const {
     int res = -1;
     for (int slot = 0; slot < (int) g.expert_of.size(); slot++) {
         const int expert = g.expert_of[slot];
         if (expert == -1) {
             return slot;
+        }
+        if (!keep.empty() && keep[expert]) {
+            continue;
         }
         if (g.slot[expert] == -1 && !g.ahead[slot] && (res == -1 || g.ranking->less_valuable(expert, g.expert_of[res]))) {
             res = slot;
@@ -597,9 +600,13 @@ void llama_expert_cache::read_ahead(int ig, std::vector<int> experts) {
         }
         g.needed.clear();
     }
+    std::vector<bool> expected(g.desc.n_expert, false);
+    for (const int expert : experts) {
+        expected[expert] = true;
+    }
     experts.erase(std::remove_if(experts.begin(), experts.end(), [&g](int e) { return g.slot_of[e] != -1; }), experts.end());
     if (!experts.empty()) {
-        ahead = { ig, 0, std::move(experts) };
+        ahead = { ig, 0, std::move(experts), std::move(expected) };
         cv_work.notify_all();
     }
 }
@@ -625,7 +632,7 @@ bool llama_expert_cache::take_ahead(request & r) {
         const int expert = ahead.experts[ahead.pos];
 
         if (g.slot_of[expert] == -1) {
-            const int slot = find_slot(g);
+            const int slot = find_slot(g, ahead.expected);
             if (slot == -1) {
                 break;
             }

@@ -212,7 +212,9 @@ private:
     struct forecast {
         int              group = -1;
         size_t           pos   = 0;
-        std::vector<int> experts;
+        std::vector<int> experts; // not in a slot
+
+        std::vector<bool> expected; // [n_expert] of these, and of those that are in a slot and had better stay there
     };
 
     // progress of one thread through the current op
@@ -275,7 +277,7 @@ private:
     void start_call(std::unique_lock<std::mutex> & lock, int ig, const id_view & ids, std::vector<int> && needed);
     void touch(group & g, const id_view & ids);
     void end_ahead(group & g, const std::vector<bool> & needed);
-    int  find_slot(const group & g) const;
+    int  find_slot(const group & g, const std::vector<bool> & keep = {}) const;
     void place(group & g, int slot, int expert);
     bool take(request & r);
     bool take_ahead(request & r);

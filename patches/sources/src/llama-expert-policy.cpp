@@ -152,10 +152,10 @@ private:
 
     static constexpr float RATE      = 0.01f;       // of a row that was updated many times
     static constexpr float RATE_NEW  = 0.16f;       // what a row that was updated n times has on top: RATE_NEW/(n + 2)
-    static constexpr float PAIR      = 4.0f;        // how much faster the row of a pair learns
+    static constexpr float PAIR      = 9.0f;        // how much faster the row of a pair learns
     static constexpr float DECAY     = 0.91700404f; // of the frequency, per token: half in 8
     static constexpr float TINY      = 1e-6f;       // frequencies below are 0: no denormal numbers
-    static constexpr float FREQUENCY = 0.07f;       // its part in the worth
+    static constexpr float FREQUENCY = 0.12f;       // its part in the worth
 
     struct moment {
         std::vector<int> ids;  // experts of the token, as ranked
@@ -178,7 +178,7 @@ private:
 
     static int n_rows(int n_expert) { return N_PAST * n_expert + 2 * N_PAIR; }
     static int n_true(int n_expert_used) { return N_PAST * n_expert_used + 2; }
-    static int horizon(int n_expert_used, int n_slots) { return std::max(2, (5 * n_slots + n_expert_used) / (2 * n_expert_used)); }
+    static int horizon(int n_expert_used, int n_slots) { return std::max(2, (6 * n_slots + n_expert_used) / (2 * n_expert_used)); }
 
     // the moment n tokens before the last one that was noted
     const moment & past(uint64_t n) const { return history[(time - 1 - n) % history.size()]; }

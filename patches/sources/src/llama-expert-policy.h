@@ -17,8 +17,8 @@
 //             token, by the one before, by the one before that; the two experts that the router ranked first were i and
 //             j; the first of this token and of the one before were i and j (pairs share rows by hash). The rows of what
 //             is true, summed, give z[e] and with it p[e] = 1/2 + z/(2*sqrt(1 + z*z)), which is to predict d^(n - 1) for
-//             an expert that is used next n tokens later, 0 if that is beyond the horizon. The horizon is 2.5 times and
-//             1/(1 - d) twice the tokens whose experts fill the slots: what a slot can outlive. What came of a context
+//             an expert that is used next n tokens later, 0 if that is beyond the horizon. The horizon is three times
+//             and 1/(1 - d) twice the tokens whose experts fill the slots: what a slot can outlive. What came of a context
 //             is known when the horizon has passed: then each of its rows moves by rate*(what came - p), at a rate that
 //             falls with its updates. That is an online regression to the quantity by which Belady's rule evicts. Worth
 //             is z plus a little of the decayed frequency, which carries the first tokens.

@@ -61,6 +61,13 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
                 throw std::runtime_error("expert_cache.threads must be an integer from 1 to 64");
             }
             res.n_threads = kv.val_i64;
+        } else if (key == "expert_cache.repack") {
+            const std::string value = override_str(kv);
+            if (value != "auto" && value != "on" && value != "off") {
+                throw std::runtime_error("unknown value '" + value + "' for repacking experts, use auto, on or off");
+            }
+            res.repack = value == "auto" ? REPACK_AUTO : value == "on" ? REPACK_ON
+                                                                       : REPACK_OFF;
         } else if (key == "expert_cache.prefetch") {
             const std::string value = override_str(kv);
             if (value != "off" && value != "router") {
@@ -189,6 +196,11 @@ static uint64_t memory_available() {
     return res;
 }
 
+// room for what a process takes beside its buffers, and for the page cache of everyone else
+static uint64_t reserve_of(uint64_t available) {
+    return std::max<uint64_t>(available / 10, 128 * 1024 * 1024);
+}
+
 //
 // loading
 //
@@ -243,7 +255,7 @@ llama_experts::~llama_experts() {
 #endif
 }
 
-ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams, bool repack) {
+ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams, bool may_repack) {
     std::vector<int> fds;
     for (const auto & file : ml.files) {
         fds.push_back(file->file_id());
@@ -268,6 +280,7 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
             }
         }
         n_range += GGML_PAD(ggml_nbytes(t), LLAMA_EXPERT_IO_ALIGN);
+        n_expert_max = std::max(n_expert_max, (int) t->ne[2]);
     }
 
     // addresses for the tensors without memory behind them: whoever touches an expert past the cache is stopped at once
@@ -278,6 +291,10 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
         throw std::runtime_error(format("cannot reserve %zu bytes of addresses for the experts", n_range));
     }
 #endif
+
+    // An expert that is read again and again is repacked again and again, which costs more than the kernels gain
+    // (docs/performance.md): unless told otherwise only experts that are read once are repacked.
+    const bool repack = may_repack && (config.repack == llama_expert_config::REPACK_ON || (config.repack == llama_expert_config::REPACK_AUTO && fits(n_range)));
 
     auto *                       buffer_fn = (decltype(ggml_backend_cpu_expert_buffer) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_buffer");
     const ggml_cpu_expert_source source    = { this, source_begin, source_next };
@@ -329,6 +346,18 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
     return buf.release();
 }
 
+// whether the budget holds experts of so many bytes, as far as that can be said before there are contexts
+bool llama_experts::fits(size_t n_bytes) const {
+    n_bytes += n_bytes / 500 + 16 * 1024 * 1024; // metadata, staging
+    if (config.budget == "auto") {
+        const uint64_t available = memory_available();
+        return available - std::min(available, reserve_of(available)) >= n_bytes;
+    }
+    const budget_spec spec = parse_budget(config.budget);
+
+    return spec.n_slots > 0 ? spec.n_slots >= n_expert_max : spec.bytes >= n_bytes;
+}
+
 void llama_experts::allocate(int n_slots) {
     cache->allocate(n_slots);
 
@@ -349,8 +378,7 @@ void llama_experts::on_context(const llama_model & model, size_t n_compute) {
     }
     const uint64_t available = memory_available();
 
-    // room for what a process takes beside its buffers, and for the page cache of everyone else
-    const uint64_t reserve = std::max<uint64_t>(available / 10, 128 * 1024 * 1024) + n_compute;
+    const uint64_t reserve = reserve_of(available) + n_compute;
 
     budget = available > reserve ? available - reserve : 0;
     budget = std::min(budget, cache->bytes_for(cache->n_slots_max()));

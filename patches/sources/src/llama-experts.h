@@ -25,6 +25,10 @@ struct llama_expert_config {
     int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
     bool                 prefetch  = false; // read ahead what the next layer's router would choose
 
+    enum { REPACK_AUTO,
+        REPACK_ON,
+        REPACK_OFF } repack = REPACK_AUTO; // auto: if all experts fit, see docs/performance.md
+
     // the expert_cache.* keys of a model's overrides; throws std::runtime_error
     static llama_expert_config from_overrides(const std::unordered_map<std::string, llama_model_kv_override> & overrides);
 
@@ -46,8 +50,8 @@ struct llama_experts {
 
     // give the tensors of ctx addresses that are never touched, and set up the cache on the files of the loader;
     // throws std::runtime_error
-    // repack: use the repacked kernels of this CPU where there are some for a tensor
-    ggml_backend_buffer_t load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams, bool repack);
+    // may_repack: the repacked kernels of this CPU are allowed (no --no-repack)
+    ggml_backend_buffer_t load(ggml_context * ctx, const llama_model_loader & ml, const llama_hparams & hparams, bool may_repack);
 
     // a context was created: n_compute bytes of buffers are reserved but not yet touched
     void on_context(const llama_model & model, size_t n_compute);
@@ -72,9 +76,12 @@ private:
     std::vector<int>                               blocks;  // [group] il, -1: not the experts that the router chooses
     std::vector<llama_expert_router>               routers; // [group], empty: no prefetch
 
+    int n_expert_max = 0;
+
     void * range   = nullptr; // reserved addresses
     size_t n_range = 0;
 
+    bool fits(size_t n_bytes) const;
     void allocate(int n_slots);
     void find_routers(const llama_model & model);
     void prefetch(int group, const ggml_tensor * input);
