@@ -92,6 +92,7 @@ class TestRefusals:
             ("--expert-cache-policy", "lru"),
             ("--expert-cache-io", "mmap"),
             ("--expert-cache-threads", "2"),
+            ("--expert-cache-repack", "on"),
             ("--expert-prefetch", "router"),
         ):
             result = completion(model, *flag)

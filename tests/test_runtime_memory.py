@@ -19,7 +19,7 @@ pytestmark = pytest.mark.runtime
 
 MIB = 1 << 20
 N_GEN = 24
-BUDGET = 116 * MIB  # 16 slots a layer take 111.5 MiB of it
+BUDGET = 118 * MIB  # 16 slots a layer take 117 MiB of it, 5 of them what the policy has learned
 
 
 @pytest.fixture(scope="module")

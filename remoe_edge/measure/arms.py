@@ -87,9 +87,8 @@ class Arm:
     def cache(self, threads: int | None) -> CacheConfig:
         if self.budget is None:
             return CacheConfig("off")
-        return CacheConfig(
-            self.budget, self.policy, self.read_mode, threads, self.prefetch, "on" if self.repack else None
-        )
+        repack = "on" if self.repack else None
+        return CacheConfig(self.budget, self.policy, self.read_mode, threads, self.prefetch, repack)
 
 
 @dataclass(frozen=True)
