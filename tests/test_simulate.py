@@ -1,4 +1,5 @@
 import json
+import random
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from remoe_edge.commands.simulate import command
 from remoe_edge.errors import RemoeError
 from remoe_edge.routing.policies import POLICIES, Event, Layer
-from remoe_edge.routing.simulate import simulate, simulate_layer
+from remoe_edge.routing.simulate import layer_events, replay_layer, simulate, simulate_layer
 from remoe_edge.routing.trace import NOT_COMPUTED, Trace, packaged_trace
+from remoe_edge.runtime.llama import POLICIES as RUNTIME_POLICIES
 
 events_strategy = st.integers(1, 4).flatmap(
     lambda k: st.lists(st.permutations(range(8)).map(lambda experts: tuple(experts[:k])), min_size=1, max_size=40)
@@ -131,3 +133,29 @@ def test_command_refuses_an_unknown_policy() -> None:
     result = CliRunner().invoke(command, ["--policy", "fifo"])
     assert result.exit_code == 2
     assert "'fifo' is not one of" in result.stderr
+
+
+def test_next_use_learns_what_follows_what() -> None:
+    # a is followed by 4 + a two tokens later, and a is random: all of 0 to 7 are used equally often.
+    rng = random.Random(1)
+    events: list[Event | None] = []
+    for _ in range(400):
+        a = rng.randrange(4)
+        events += [(a,), (8,), (4 + a,)]
+
+    def hits(policy: str) -> int:
+        return sum(len(found) for found, _, _ in list(replay_layer(Layer(9, 1, 6, events), policy))[600:])
+
+    gap = hits("belady") - hits("lru")
+    assert hits("next-use") - hits("lru") > 0.3 * gap
+    assert hits("lfu") - hits("lru") < 0.2 * gap
+
+
+@pytest.mark.parametrize("policy", RUNTIME_POLICIES)
+def test_victims_depend_on_the_past_only(policy: str) -> None:
+    events = layer_events(packaged_trace(), 8)
+    whole, part = (
+        [victim for *_, out in replay_layer(Layer(64, 8, 16, known), policy) for victim in out]
+        for known in (events, events[:150])
+    )
+    assert whole[: len(part)] == part

@@ -62,10 +62,10 @@ def write_png(rows: Sequence[Row], path: Path, *, title: str) -> None:
         for index, figure in enumerate(shown):
             axes = drawing.add_subplot(grid[index // 2, index % 2])
             figure.draw(axes, LIGHT, False)
-            above = axes.get_legend() is not None
-            axes.set_title(
-                figure.title, fontsize=13, color=LIGHT.text, loc="left", pad=44 if above else 10, weight="bold"
-            )
+            # The legend, of two columns, lies between title and drawing.
+            legend = axes.get_legend()
+            above = -(-len(legend.get_texts()) // 2) if legend else 0
+            axes.set_title(figure.title, fontsize=13, color=LIGHT.text, loc="left", pad=10 + 17 * above, weight="bold")
         drawing.savefig(path, format="png", dpi=_PNG_DPI)
 
 

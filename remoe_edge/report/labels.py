@@ -12,13 +12,14 @@ MINUS, DASH = "\u2212", "\u2013"
 
 
 def arm_name(row: Row, rows: Sequence[Row] = ()) -> str:
-    """The arm, with what tells it from others of `rows`: "cache lru direct", "mmap", "resident repacked"."""
+    """The arm, with what tells it from others of `rows`: "cache lru prefetch router", "mmap", "resident repacked"."""
     name = str(row["arm"])
     if row["arm"] == "cache":
-        for key in "policy", "read_mode":
-            values = {other[key] for other in rows if other["arm"] == "cache" and other[key] is not None}
-            if len(values) > 1 and row[key] is not None:
-                name += f" {row[key]}"
+        # Rows of older benchmarks do not say everything.
+        for key, prefix in ("policy", ""), ("read_mode", ""), ("prefetch", "prefetch "):
+            values = {other.get(key) for other in rows if other["arm"] == "cache" and other.get(key) is not None}
+            if len(values) > 1 and row.get(key) is not None:
+                name += f" {prefix}{row[key]}" if row[key] != "off" else " no prefetch"
     elif row["kernels"] == "repack" or row.get("repack"):
         name += " repacked"
     return name
