@@ -219,9 +219,9 @@ def test_a_small_matrix(tmp_path: Path) -> None:
     seen: list[tuple[str, float | None]] = []
     rows = measure_twin("small", path, settings, journal, lambda stage, part: seen.append((stage, part)))
     by_engine = {r["engine"]: r for r in rows}
-    assert len(rows) == 2 + 3 + 2 + 2 + 1
+    assert len(rows) == 2 + 3 + 3 + 3 + 1
     refused = [name for name, r in by_engine.items() if r["status"] != "ok"]
-    assert refused == ["cache 1s lfu direct", "cache 1s lru direct"]
+    assert refused == ["cache 1s next-use direct", "cache 1s lfu direct", "cache 1s lru direct"]
     assert by_engine[refused[0]]["status"] == "refused"
     assert "below the floor of this model" in by_engine[refused[0]]["reason"]
 
@@ -260,7 +260,7 @@ def test_a_small_matrix(tmp_path: Path) -> None:
     with pytest.raises(RemoeError, match=r"j\.jsonl: holds runs with another n_gen; choose another folder"):
         measure_twin("small", path, replace(settings, n_gen=13), journal)
     write_plot(rows, tmp_path / "p.png")
-    assert markdown_table(rows).count("= resident") == 4
+    assert markdown_table(rows).count("= resident") == 5
 
 
 @pytest.mark.runtime
@@ -286,9 +286,16 @@ def test_the_script_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     assert [(r["engine"], r["status"]) for r in rows] == [
         (name, "ok")
         for name in (
-            *("resident", "resident repacked", "mmap 8s", "cache 8s lfu direct", "mmap 16s", "cache 16s lfu direct"),
-            *("mmap 24s", "cache 24s lfu direct", "mmap 32s", "cache 32s lfu direct", "mmap 64s"),
-            "cache 64s lfu direct",
+            *(
+                "resident",
+                "resident repacked",
+                "mmap 8s",
+                "cache 8s next-use direct",
+                "mmap 16s",
+                "cache 16s next-use direct",
+            ),
+            *("mmap 24s", "cache 24s next-use direct", "mmap 32s", "cache 32s next-use direct", "mmap 64s"),
+            "cache 64s next-use direct",
         )
     ]
     assert done.stdout.strip() == (tmp_path / "out" / "results.md").read_text().strip()
