@@ -21,14 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from remoe_edge import __version__
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import Layout, read_model
 from remoe_edge.measure.arms import Options
 from remoe_edge.measure.bench import bench
 from remoe_edge.measure.rows import Row
+from remoe_edge.measure.stats import bootstrap_ci95
 from remoe_edge.measure.workloads import single_prompt
 from remoe_edge.progress import Report, silent
 from remoe_edge.routing.trace import excerpt, load_trace, packaged_trace
@@ -44,7 +43,6 @@ HEADROOM_BYTES = 192 << 20
 40 MiB of anonymous memory in runs of the twins), page cache."""
 
 _PROMPT = "w00000"
-_RESAMPLES = 10_000
 # Of these a row has the sum or the largest over rounds; of all other numbers that differ, the median.
 _SUMMED = {"repetitions"}
 _LARGEST = {"peak_memory_bytes"}
@@ -329,18 +327,10 @@ def merge_rounds(rows: Sequence[Row]) -> Row:
         else:
             merged[key] = values[0]
     tpots = [row["tpot_ms"] for row in rows]
-    merged |= {"tpot_ms_rounds": tpots, "tpot_ms_ci95": _interval(tpots)}
+    merged |= {"tpot_ms_rounds": tpots, "tpot_ms_ci95": bootstrap_ci95(tpots)}
     for key in "round", "seconds":
         merged.pop(key, None)
     return merged
-
-
-def _interval(samples: Sequence[float]) -> list[float] | None:
-    """95 % interval of the median by resampling with a fixed seed; None for fewer than two samples."""
-    if len(samples) < 2:
-        return None
-    draws = np.random.default_rng(0).choice(np.asarray(samples), (_RESAMPLES, len(samples)))
-    return [float(edge) for edge in np.percentile(np.median(draws, axis=1), (2.5, 97.5))]
 
 
 def add_limits(rows: Sequence[Row]) -> None:

@@ -30,7 +30,7 @@ struct llama_expert_cache_info {
     uint32_t     n_layers;      // MoE layers (expert groups)
     uint32_t     n_slots;       // slots per layer
     uint32_t     n_threads;     // reader threads
-    const char * policy;        // "lru", "lfu"
+    const char * policy;        // "next-use", "lfu", "lru"
     const char * io;            // "direct", "mmap"
     const char * kernels;       // "plain": expert weights as they are in the file; "repack": in the layout of this CPU's kernels
     const char * prefetch;      // "off", "router"

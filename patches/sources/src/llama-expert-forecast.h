@@ -3,8 +3,7 @@
 #include <vector>
 
 // Which experts will the next layer choose? Its router is applied to this layer's input: one block changes the residual
-// stream little, so most of the choice is the same (arXiv 2410.17954, 2502.12224: next-layer router on the current hidden
-// state). Knows no model: it is given the weights.
+// stream little, so most of the choice is the same. Knows no model: it is given the weights.
 
 // a router as it lies in memory, row-major
 struct llama_expert_router {
