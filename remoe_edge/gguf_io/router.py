@@ -111,7 +111,7 @@ def read_router(path: Path) -> Router:
     """
     tensors: dict[str, RouterTensor] = {}
     for file, indexed in _checkpoint_files(path).items():
-        present = _read_safetensors(file)
+        present = read_safetensors(file)
         for key in indexed or present:
             name = gguf_router_name(key)
             if name is None:
@@ -172,8 +172,11 @@ def _read_index(path: Path) -> dict[Path, list[str]]:
     return files
 
 
-def _read_safetensors(path: Path) -> dict[str, RouterTensor]:
-    """Every tensor of a file, by key. Bounds, overlaps and sizes are checked by the safetensors package."""
+def read_safetensors(path: Path) -> dict[str, RouterTensor]:
+    """Every tensor of a file, by key. Bounds, overlaps and sizes are checked by the safetensors package.
+
+    Raises RemoeError if the file cannot be read or is damaged.
+    """
     source = Source.of(path)
     try:
         with safe_open(path, framework="numpy"):
