@@ -1,6 +1,6 @@
 """The text of the demo model: four domains, training and held-out parts, and the tokenizer learned from them.
 
-Sources, all openly licensed, expected in one folder: `stories.txt.gz` (stories sampled from stories15M, MIT), `enwik8.gz`
+Sources, all openly licensed, expected in one folder: `stories.txt.gz` (sampled from stories15M, MIT), `enwik8.gz`
 (Wikipedia, CC BY-SA), `gsm8k_train.jsonl` (MIT), `gpteacher_codegen.json` (GPTeacher, MIT). The last 25th of each
 domain is held out: no model and no tokenizer of ours is trained on it.
 """
