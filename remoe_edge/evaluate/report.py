@@ -129,7 +129,7 @@ def _text(row: Mapping[str, Any]) -> list[str]:
 def _longer(row: Mapping[str, Any]) -> list[str]:
     return [
         row["text"],
-        f"{row['multiple']}×",
+        f"{row['multiple']} x",
         row["router"],
         f"{row['ppl_base_beyond']:.3f}",
         f"{row['ppl_tuned_beyond']:.3f}",
