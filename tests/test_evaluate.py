@@ -54,9 +54,8 @@ def passes(rng: np.random.Generator, cost: float) -> tuple[Pass, Pass]:
     tuned[:, 1::2] = tuned[:, :-1:2]
     nll = rng.normal(2, 0.1, (12, 30)).astype(np.float32)
     none = np.full(2, 0.9, np.float32)
-    return Pass(nll, ids, none), Pass(
-        nll + np.float32(np.log(1 + cost)), tuned, none, np.full((12, 30), 0.01, np.float32)
-    )
+    worse = nll + np.float32(np.log(1 + cost))
+    return Pass(nll, ids, none), Pass(worse, tuned, none, np.full((12, 30), 0.01, np.float32))
 
 
 def test_compare_finds_what_was_put_in() -> None:
@@ -132,10 +131,11 @@ def test_answers_of_the_harness_are_paired_by_item() -> None:
 
 def test_report_shows_every_router_and_says_what_is_missing(tmp_path) -> None:
     base, tuned = passes(np.random.default_rng(0), 0.02)
-    figures = compare(base, tuned, 16, inside=20)
+    figures = compare(base, tuned, 16)
+    longer = compare(base, tuned, 16, inside=20)
     rows = [
         {"router": "seed0", "text": "wiki", "multiple": 1, "phase": "reading", **figures},
-        {"router": "seed0", "text": "wiki", "multiple": 2, "phase": "reading", **figures},
+        {"router": "seed0", "text": "wiki", "multiple": 2, "phase": "reading", **longer},
         {"router": "seed0", "text": "wiki", "multiple": 1, "phase": "writing", **figures},
         {"router": "seed0", "text": "all", "multiple": 1, "phase": "reading", **figures},
     ]
