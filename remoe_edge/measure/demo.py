@@ -190,13 +190,14 @@ def summary(demo: Demo) -> list[str]:
                 f"{new['hit_rate']:.1%}"
             )
             if result is demo.twins:
-                text += f", TPOT {old['tpot_ms']:.1f} -> {new['tpot_ms']:.1f} ms ({new['tpot_ms'] / old['tpot_ms'] - 1:+.1%})"
+                times = old["tpot_ms"], new["tpot_ms"]
+                text += f", TPOT {times[0]:.1f} -> {times[1]:.1f} ms ({times[1] / times[0] - 1:+.1%})"
             lines.append(text)
     rows = {row["arm"]: row for row in demo.mmap.rows if row["arm"] != "cache"}
     cached = [row for row in demo.mmap.rows if row["arm"] == "cache"][-1]
     lines.append(
-        f"the base's twin in {demo.memory_limit >> 20} MiB: stock mmap {rows['mmap']['tpot_ms']:.0f} ms per token, expert "
-        f"cache with {cached['budget'][:-1]} slots {cached['tpot_ms']:.1f} ms, all experts in memory "
+        f"the base's twin in {demo.memory_limit >> 20} MiB: stock mmap {rows['mmap']['tpot_ms']:.0f} ms per token, "
+        f"expert cache with {cached['budget'][:-1]} slots {cached['tpot_ms']:.1f} ms, all experts in memory "
         f"{rows['resident']['tpot_ms']:.1f} ms"
     )
     return lines
