@@ -91,6 +91,10 @@ class Checkpoint:
         return sum(math.prod(tensor.shape) * _PACKED.get(tensor.dtype, 1) for tensor in self.tensors.values())
 
     @property
+    def moe_layers(self) -> int:
+        return sum(name.endswith(".weight") for name in self.routers)
+
+    @property
     def is_float32(self) -> bool:
         """Whether most weights are."""
         wide = sum(math.prod(tensor.shape) for tensor in self.tensors.values() if tensor.dtype == "F32")
@@ -184,6 +188,11 @@ def plan_from_hf(
     chosen = quant.upper() if quant is not None else _own_type(checkpoint)
     intermediate = None
     if chosen not in _DIRECT:
+        # What gpt-oss has; the converter leaves them as they are.
+        if any(key.endswith("_blocks") for key in checkpoint.tensors):
+            raise RemoeError(
+                f"{folder}: its experts are MXFP4 already, which {chosen} would only worsen; leave --quant out"
+            )
         intermediate = "F32" if checkpoint.is_float32 else "BF16"
     final = _size(checkpoint, chosen)
     first = _size(checkpoint, intermediate) if intermediate else 0
@@ -308,7 +317,6 @@ def _convert(plan: HfPlan, llama_cpp: Path, quant: str, target: Path, report: Re
     outfile = target.with_name(target.name.replace("{", "{{").replace("}", "}}"))
     command: list[str | Path] = [sys.executable, "-m", "remoe_edge.gguf_io.hf_converter", llama_cpp]
     command += [plan.checkpoint.folder.resolve(), "--outtype", quant.lower(), "--outfile", outfile]
-    command += ["--model-name", plan.checkpoint.folder.resolve().name]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -334,9 +342,13 @@ def _quantize(plan: HfPlan, quantizer: Path, plain: Path, target: Path, report: 
         return match is not None
 
     report(f"Quantizing to {plan.quant}", 0.0)
-    # Experts of some checkpoints are MXFP4 already.
-    command: list[str | Path] = [quantizer, "--allow-requantize", plain, target, plan.quant]
-    _run(command, follow, f"{plan.checkpoint.folder}: llama-quantize", dict(os.environ), plain.parent)
+    _run(
+        [quantizer, plain, target, plan.quant],
+        follow,
+        f"{plan.checkpoint.folder}: llama-quantize",
+        dict(os.environ),
+        plain.parent,
+    )
 
 
 def _run(

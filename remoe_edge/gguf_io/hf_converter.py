@@ -75,8 +75,8 @@ def _change_tokenizers() -> None:
             name = pre_tokenizer_name(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
         if name is None:
             print(
-                "its tokenizer splits text in a way that llama.cpp has no name for; known are those of released models, "
-                "GPT-2's byte-level splitting, and the expressions of Llama 3 and Qwen 2",
+                "its tokenizer splits text in a way that llama.cpp has no name for; known are those of released "
+                "models, GPT-2's byte-level splitting, and the expressions of Llama 3 and Qwen 2",
                 file=sys.stderr,
             )
             # Some models' classes catch every Exception and try something else.

@@ -60,7 +60,8 @@ def vendored_converter(pin: Pin) -> Path:
 def unpack(sdist: Path, folder: Path, only: Sequence[PurePath] = (PurePath(),)) -> None:
     """Unpack the regular files of an sdist into ``folder``, without the archive's top level.
 
-    ``only`` names files and folders in it, the top level left out; by default all. Raises RemoeError for links, devices and names that leave the folder.
+    ``only`` names files and folders in it, the top level left out; by default all.
+    Raises RemoeError for links, devices and names that leave the folder.
     """
     with tarfile.open(sdist) as archive:
         for member in archive:
