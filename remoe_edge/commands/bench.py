@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from remoe_edge.parameters import model_path
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import atomic_output, refuse_existing
 from remoe_edge.measure.arms import BASELINES, PAGE_CACHES, Options
@@ -29,9 +30,7 @@ _TABLE_WIDTH = 160
 
 
 @click.command("bench")
-@click.argument(
-    "models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
-)
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=model_path)
 @click.option(
     "--budget",
     "budgets",
