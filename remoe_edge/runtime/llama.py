@@ -134,6 +134,11 @@ class _Stats(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in CacheStats.__dataclass_fields__)
 
 
+def require_runtime() -> None:
+    """Load the runtime's library. Raises RemoeError if it is missing, or not the patched one."""
+    _llama()
+
+
 @cache
 def _llama() -> Any:
     """The module of llama-cpp-python that declares the C API, with the functions of the expert cache made callable."""
@@ -554,11 +559,10 @@ def _value(field: Any) -> Any:
     return field.decode() if isinstance(field, bytes) else field
 
 
-def _overrides(config: CacheConfig) -> Any:
-    """The key-value overrides that configure the cache, closed by an empty key."""
-    llama = _llama()
-    values = {
-        "expert_cache.budget": config.budget if config.enabled else None,
+def cache_overrides(config: CacheConfig) -> dict[str, str | int]:
+    """The key-value overrides by which the runtime takes a configuration; budget "off" is one, too."""
+    values: dict[str, str | int | None] = {
+        "expert_cache.budget": config.budget,
         "expert_cache.policy": config.policy,
         "expert_cache.io": config.io,
         "expert_cache.threads": config.threads,
@@ -566,17 +570,36 @@ def _overrides(config: CacheConfig) -> Any:
         "expert_cache.repack": config.repack,
     }
     given = {key: value for key, value in values.items() if value is not None}
+    for key, value in given.items():
+        if len(str(value).encode()) > 127:
+            raise RemoeError(f"{key}: {str(value)[:40]!r}... is too long")
+    return given
+
+
+def _overrides(config: CacheConfig) -> Any:
+    """The overrides as the C API takes them, closed by an empty key."""
+    llama = _llama()
+    given = cache_overrides(config)
     overrides = (llama.llama_model_kv_override * (len(given) + 1))()
     for entry, (key, value) in zip(overrides, given.items(), strict=False):
         entry.key = key.encode()
         if isinstance(value, int):
             entry.tag, entry.value.val_i64 = llama.LLAMA_KV_OVERRIDE_TYPE_INT, value
-            continue
-        text = value.encode()
-        if len(text) > 127:
-            raise RemoeError(f"{key}: {value[:40]!r}... is too long")
-        entry.tag, entry.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, text
+        else:
+            entry.tag, entry.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
     return overrides
+
+
+@contextmanager
+def collected_log(*, verbose: bool) -> Iterator[Callable[[str], str]]:
+    """While other code loads a model: gives a function that returns the reason in llama.cpp's log, or its argument.
+
+    `verbose`, whether the log is also shown on stderr, stays in force.
+    """
+    _llama()
+    _log.verbose = verbose
+    _log.clear()
+    yield _log.reason
 
 
 def default_threads() -> int:
