@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from types import ModuleType
+from types import FrameType, ModuleType
+from typing import NoReturn
 
 _PROMPT, _MORE = "> ", "... "
 
@@ -17,6 +19,8 @@ class Lines:
     def __init__(self, words: Sequence[str] = ()) -> None:
         """`words` are completed by the tab key at the start of a line."""
         self.interactive = sys.stdin.isatty()
+        self.interrupted_typing = False
+        """Whether there was something in the line that the last Ctrl-C ended."""
         self._readline: ModuleType | None = None
         # Python edits lines only if the prompt goes to the terminal, too.
         if self.interactive and sys.stdout.isatty():
@@ -39,20 +43,25 @@ class Lines:
                 break
         return line
 
-    def pending(self) -> bool:
-        """Whether something was typed in the line that a Ctrl-C ended."""
-        return bool(self._readline is not None and self._readline.get_line_buffer().strip())
-
     def _line(self, prompt: str) -> str | None:
         if self._readline is not None:
+            before = signal.signal(signal.SIGINT, self._interrupt)
             try:
                 return input(prompt)
             except EOFError:
                 return None
+            finally:
+                signal.signal(signal.SIGINT, before)
         if self.interactive:
             print(prompt, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         return line.rstrip("\r\n") if line else None
+
+    def _interrupt(self, _signal: int, _frame: FrameType | None) -> NoReturn:
+        # The line is gone once the exception arrives.
+        assert self._readline is not None
+        self.interrupted_typing = bool(self._readline.get_line_buffer().strip())
+        raise KeyboardInterrupt
 
 
 def _completion(words: Sequence[str], text: str, state: int) -> str | None:

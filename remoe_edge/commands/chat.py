@@ -204,11 +204,11 @@ class _Chat:
             except KeyboardInterrupt:
                 if not self._lines.interactive:
                     return _INTERRUPTED
-                interrupts = 1 if self._lines.pending() else interrupts + 1
+                interrupts = 0 if self._lines.interrupted_typing else interrupts + 1
                 if interrupts > 1:
                     _say("")
                     break
-                _say("\nCtrl-C again or Ctrl-D ends.")
+                _say("\nCtrl-C again or Ctrl-D ends." if interrupts else "")
             except RemoeError as error:
                 self._failed = True
                 _say(f"Error: {error}")
