@@ -10,7 +10,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from remoe_edge.parameters import model_path
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import atomic_output, refuse_existing
 from remoe_edge.measure.arms import BASELINES, PAGE_CACHES, Options
@@ -18,6 +17,7 @@ from remoe_edge.measure.bench import bench
 from remoe_edge.measure.journal import journal_path, refuse_interrupted
 from remoe_edge.measure.rows import TPOT_FORMULA, Row
 from remoe_edge.measure.workloads import PACKAGED, Workload, load_workload, single_prompt
+from remoe_edge.parameters import model_path
 from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
 from remoe_edge.report.labels import arm_name

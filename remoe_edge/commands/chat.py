@@ -133,8 +133,8 @@ def command(
     A model without a chat template goes on from the text so far. Exit status: 1 if a message had no answer.
     """
     if budget == "off":
-        of_cache = {"--policy": policy, "--io": io, "--prefetch": prefetch, "--cache-threads": cache_threads}
-        _refuse(of_cache, "with --expert-cache off")
+        _refuse({"--policy": policy, "--io": io}, "with --expert-cache off")
+        _refuse({"--prefetch": prefetch, "--cache-threads": cache_threads}, "with --expert-cache off")
     if temp == 0:
         _refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
     config = CacheConfig(budget or ("auto" if has_experts(model) else "off"), policy, io, cache_threads, prefetch)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from remoe_edge.parameters import model_path
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import refuse_existing
 from remoe_edge.gguf_io.layout import has_experts
+from remoe_edge.parameters import model_path
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import (

@@ -20,8 +20,8 @@ from remoe_edge.runtime.llama import (
     RuntimeReadError,
     cache_overrides,
     collected_log,
-    require_runtime,
     default_threads,
+    require_runtime,
 )
 
 require_runtime()  # says what to do where the runtime is missing, before the next line fails without
@@ -33,7 +33,7 @@ class ModelLoadError(RemoeError, ValueError):
     """A model could not be loaded; a ValueError, too, because that is what llama-cpp-python raises."""
 
 
-class Llama(llama_cpp.Llama):  # type: ignore[misc]
+class Llama(llama_cpp.Llama):
     """`llama_cpp.Llama` with an expert cache; all else is as llama-cpp-python documents it.
 
     ::
