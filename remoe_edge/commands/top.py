@@ -6,6 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,10 +62,8 @@ def command(target: str, once: bool, as_json: bool, interval: float, api_key: st
             console = Console()
             (console if console.is_terminal else Console(width=_WIDTH)).print(render(frame))
         return
-    try:
+    with suppress(KeyboardInterrupt):
         _live(look, frame, interval)
-    except KeyboardInterrupt:
-        pass
 
 
 def _live(look: Callable[[], Frame], frame: Frame, interval: float) -> None:

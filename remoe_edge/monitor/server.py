@@ -45,7 +45,7 @@ class Scrape:
 
 
 def metrics_url(address: str) -> str:
-    """Where the metrics of a server are: "host:8080" or a URL, with or without a path. Raises RemoeError if it is none."""
+    """Where the metrics of a server are, from "host:8080" or a URL. Raises RemoeError if it is neither."""
     url = address if "://" in address else f"http://{address}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -47,8 +47,8 @@ class Llama(llama_cpp.Llama):
     model_path
         A GGUF, or "demo" or "demo-tuned" for the packaged model.
     expert_cache
-        Bytes ("880MiB", or a number), slots per layer ("16s"), "auto", or "off" for stock llama.cpp. "auto" is "off" for
-        a model without experts.
+        Bytes ("880MiB", or a number), slots per layer ("16s"), "auto", or "off" for stock llama.cpp. "auto" is "off"
+        for a model without experts.
     expert_cache_policy, expert_cache_io, expert_cache_threads, expert_cache_repack, expert_prefetch
         As in `CacheConfig`; named as the options of llama.cpp's tools. None leaves the choice to the runtime.
     n_threads, n_threads_batch
@@ -181,7 +181,8 @@ def _merged(
         chosen[budget] = "off"
     if twice := sorted(chosen.keys() & given.keys()):
         raise RemoeError(f"{twice[0]} is given twice, in kv_overrides and as an argument; leave one of them out")
-    if chosen.get(budget, given.get(budget)) == "off":
-        if useless := sorted(key for key in {**chosen, **given} if key.startswith("expert_cache.") and key != budget):
-            raise RemoeError(f"{useless[0]} has no effect without an expert cache; leave it out")
-    return {**given, **chosen}
+    merged = {**given, **chosen}
+    useless = sorted(key for key in merged if key.startswith("expert_cache.") and key != budget)
+    if merged[budget] == "off" and useless:
+        raise RemoeError(f"{useless[0]} has no effect without an expert cache; leave it out")
+    return merged
