@@ -55,8 +55,10 @@ class Terminal:
     def wait(self, seconds: float = 30) -> int:
         """Its exit status."""
         until = time.monotonic() + seconds
-        while select.select([self._fd], [], [], max(0.0, until - time.monotonic()))[0] and self._read():
-            pass
+        while (left := until - time.monotonic()) > 0:
+            if select.select([self._fd], [], [], left)[0] and not self._read():
+                break
+        assert left > 0, f"did not end: {self.shown!r}"
         _, status = os.waitpid(self._pid, 0)
         self._pid = 0
         return os.waitstatus_to_exitcode(status)
