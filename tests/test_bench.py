@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from changed_router import merge_rare_experts, write_changed_router
 from click.testing import CliRunner
 from fake_jetson import VDD_IN_WATTS, orin_nx
 from records import MS, RUN, STOCK, record, stats
@@ -26,7 +27,7 @@ from remoe_edge.measure import bench as bench_module
 from remoe_edge.measure.arms import Arm, Options, plan_arms, schedule
 from remoe_edge.measure.bench import bench, fingerprint
 from remoe_edge.measure.cgroup import CgroupUnavailableError, memory_group
-from remoe_edge.measure.demo import check_identical, merge_rare_experts, write_changed_router
+from remoe_edge.measure.demo import check_identical
 from remoe_edge.measure.rows import Row, add_limits, summarize, tpot_ns
 from remoe_edge.measure.watch import Watch
 from remoe_edge.measure.worker import DecodeFailedError, Job, decode_in_process

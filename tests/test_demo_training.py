@@ -16,7 +16,7 @@ sys.path.insert(0, str(SCRIPTS))
 from demo_corpus import encode, learn_tokenizer, read_corpus  # noqa: E402
 from ngram_baseline import KneserNey  # noqa: E402
 
-WORDS = "the small red fox ran over a hill and saw one blue bird that sang by the river until night came".split()
+WORDS = ["the", "small", "red", "fox", "ran", "over", "hill", "and", "saw", "one", "blue", "bird", "river", "night"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.write("\n\n".join(words(120) for _ in range(100)))
     with gzip.open(folder / "enwik8.gz", "wt") as file:
         file.writelines(
-            f"<page><text xml:space=\"preserve\">'''Fox''' {{{{box|x=1}}}} {words(100)} [[hill|hills]]\n* item</text></page>"
+            f"<page><text xml:space=\"preserve\">'''Fox''' {{{{box|x=1}}}} {words(100)} [[hill|hills]]\n* item"
+            "</text></page>"
             for _ in range(60)
         )
     lines = [json.dumps({"question": words(40), "answer": "#### 4"}) for _ in range(100)]

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from changed_router import write_changed_router
 
-from remoe_edge.measure.demo import write_changed_router
 from remoe_edge.routing.trace import packaged_trace
 
 ROOT = Path(__file__).parent.parent
