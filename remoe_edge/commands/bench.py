@@ -17,6 +17,7 @@ from remoe_edge.measure.bench import bench
 from remoe_edge.measure.journal import journal_path, refuse_interrupted
 from remoe_edge.measure.rows import TPOT_FORMULA, Row
 from remoe_edge.measure.workloads import PACKAGED, Workload, load_workload, single_prompt
+from remoe_edge.parameters import model_path
 from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
 from remoe_edge.report.labels import arm_name
@@ -29,9 +30,7 @@ _TABLE_WIDTH = 160
 
 
 @click.command("bench")
-@click.argument(
-    "models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
-)
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=model_path)
 @click.option(
     "--budget",
     "budgets",

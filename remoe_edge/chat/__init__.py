@@ -1,0 +1,1 @@
+"""Talk in a terminal with a model on the expert cache."""

@@ -1,0 +1,1 @@
+"""What a running server or benchmark does now, for a terminal."""
