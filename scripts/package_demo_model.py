@@ -1,6 +1,6 @@
 """Bring a trained demo model into the package: checkpoint, texts, loss curve and model card.
 
-    scripts/package_demo_model.py --text FOLDER --work FOLDER [-o remoe_edge/data/demo]
+    scripts/package_demo_model.py --text FOLDER --work FOLDER --command "train_demo_model.py ..." [-o DIR]
 
 Run after train_demo_model.py. Measures what the card says: bits per byte on held-out text beside an n-gram model on the
 same tokens, reuse rate, and how far experts specialise. Routers come from `remoe-edge tune`, not from here.
@@ -140,10 +140,62 @@ def _join(documents: list[str], size: int) -> str:
     return "\n\n".join(_take(documents, size)) + "\n"
 
 
+def model_card(card: dict[str, Any]) -> str:
+    """The README of the data folder."""
+    ngram = card[f"ngram_{ORDER}_bits_per_byte"]
+    rows = "\n".join(
+        f"| {name} | {row['bits_per_byte']:.3f} | {ngram[name]:.3f} | {row['ppl']:.2f} | {row['reuse_rate']:.1%} |"
+        for name, row in card["held_out"].items()
+    )
+    bits = card["specialisation"]
+    sources = "\n".join(f"| {n} | {s['source']} | {s['licence']} |" for n, s in card["sources"].items())
+    return f"""# The demo model
+
+A fine-grained Mixture-of-Experts language model of {card["parameters"] / 1e6:.1f} M parameters, trained from scratch on a
+CPU: architecture olmoe, hidden size 192, 8 layers of 32 experts (size 64), 4 of them per token, vocabulary 4096 (its own
+byte-level BPE), context 2048, trained on sequences of 256 and at the end 512 tokens. It writes simple stories, and
+something like encyclopedia articles, sums and programs; it knows nothing and is for showing and testing this project.
+
+| file | what |
+|---|---|
+| `model/` | Hugging Face checkpoint, BF16; sha256 in `card.json` |
+| `router-seed0.safetensors`, `-seed1`, `-seed2` | routers tuned by `remoe-edge tune`; settings and figures in their metadata |
+| `held-out/` | text that neither model nor router was trained on, by domain |
+| `tune.jsonl.gz` | text that the routers were tuned on, a part of the training text |
+| `card.json`, `loss.jsonl`, `loss.png` | all figures, the training log, its picture |
+
+Trained on {card["tokens"] / 1e6:.1f} M tokens in {card["steps"]} steps of 8192, seed 1, Muon and AdamW, with load-balancing
+loss 0.01 and router z-loss 0.001:
+
+    {card["command"]}
+    scripts/package_demo_model.py --text TEXT --work WORK
+
+On held-out text, beside an interpolated modified Kneser-Ney model of order {ORDER} on the same tokens
+(`scripts/ngram_baseline.py`); reuse rate: experts that the token before chose, too (chance:
+{card["chance_reuse_rate"]:.1%}):
+
+| domain | bits per byte | n-gram | PPL per token | reuse rate |
+|---|---|---|---|---|
+{rows}
+
+Experts specialise: one use of an expert tells {min(bits["bits"]):.2f} to {max(bits["bits"]):.2f} bits about the domain of its
+token, by layer, of 2 possible; labels drawn at random give {max(bits["chance_bits"]):.4f}.
+
+![loss](loss.png)
+
+| text | source | licence |
+|---|---|---|
+{sources}
+
+Weights and routers: MIT. The held-out and tuning texts keep the licences of their sources; Wikipedia text is CC BY-SA.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--command", required=True, help="how it was trained, for the card")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parents[1] / "remoe_edge" / "data" / "demo")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -162,6 +214,7 @@ def main() -> None:
     for name in MIXTURE:
         rows[name], chosen[name] = measure(model, corpus, name)
     card = {
+        "command": args.command,
         "steps": state["step"],
         "tokens": sum(state["seen"].values()),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -176,6 +229,7 @@ def main() -> None:
         "sources": {name: {"source": source, "licence": licence} for name, (source, licence) in SOURCES.items()},
     }
     (args.output / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (args.output / "README.md").write_text(model_card(card), encoding="utf-8")
     keep = ("step", "tokens", "loss", "balance", "reuse_rate", "lr", "bits_per_byte")
     lines = [json.dumps({k: row[k] for k in keep if k in row}) for row in log if row["step"] % 10 == 0]
     (args.output / "loss.jsonl").write_text("\n".join(lines) + "\n")
