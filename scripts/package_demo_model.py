@@ -151,21 +151,21 @@ def model_card(card: dict[str, Any]) -> str:
     sources = "\n".join(f"| {n} | {s['source']} | {s['licence']} |" for n, s in card["sources"].items())
     return f"""# The demo model
 
-A fine-grained Mixture-of-Experts language model of {card["parameters"] / 1e6:.1f} M parameters, trained from scratch on a
-CPU: architecture olmoe, hidden size 192, 8 layers of 32 experts (size 64), 4 of them per token, vocabulary 4096 (its own
+A fine-grained Mixture-of-Experts language model of {card["parameters"] / 1e6:.1f} M parameters,
+trained from scratch on a CPU: architecture olmoe, hidden size 192, 8 layers of 32 experts (size 64), 4 of them per token, vocabulary 4096 (its own
 byte-level BPE), context 2048, trained on sequences of 256 and at the end 512 tokens. It writes simple stories, and
 something like encyclopedia articles, sums and programs; it knows nothing and is for showing and testing this project.
 
 | file | what |
 |---|---|
 | `model/` | Hugging Face checkpoint, BF16; sha256 in `card.json` |
-| `router-seed0.safetensors`, `-seed1`, `-seed2` | routers tuned by `remoe-edge tune`; settings and figures in their metadata |
+| `router-seed0.safetensors`, `-seed1`, `-seed2` | made by `remoe-edge tune`; settings and figures in their metadata |
 | `held-out/` | text that neither model nor router was trained on, by domain |
 | `tune.jsonl.gz` | text that the routers were tuned on, a part of the training text |
 | `card.json`, `loss.jsonl`, `loss.png` | all figures, the training log, its picture |
 
-Trained on {card["tokens"] / 1e6:.1f} M tokens in {card["steps"]} steps of 8192, seed 1, Muon and AdamW, with load-balancing
-loss 0.01 and router z-loss 0.001:
+Trained on {card["tokens"] / 1e6:.1f} M tokens in {card["steps"]} steps of 8192, seed 1, Muon and AdamW,
+with load-balancing loss 0.01 and router z-loss 0.001:
 
     {card["command"]}
     scripts/package_demo_model.py --text TEXT --work WORK
@@ -178,8 +178,8 @@ On held-out text, beside an interpolated modified Kneser-Ney model of order {ORD
 |---|---|---|---|---|
 {rows}
 
-Experts specialise: one use of an expert tells {min(bits["bits"]):.2f} to {max(bits["bits"]):.2f} bits about the domain of its
-token, by layer, of 2 possible; labels drawn at random give {max(bits["chance_bits"]):.4f}.
+Experts specialise: one use of an expert tells {min(bits["bits"]):.2f} to {max(bits["bits"]):.2f} bits
+about the domain of its token, by layer, of 2 possible; labels drawn at random give {max(bits["chance_bits"]):.4f}.
 
 ![loss](loss.png)
 
