@@ -152,8 +152,8 @@ def model_card(card: dict[str, Any]) -> str:
     return f"""# The demo model
 
 A fine-grained Mixture-of-Experts language model of {card["parameters"] / 1e6:.1f} M parameters,
-trained from scratch on a CPU: architecture olmoe, hidden size 192, 8 layers of 32 experts (size 64), 4 of them per token, vocabulary 4096 (its own
-byte-level BPE), context 2048, trained on sequences of 256 and at the end 512 tokens. It writes simple stories, and
+trained from scratch on a CPU: architecture olmoe, hidden size 192, 8 layers of 32 experts (size 64), 4 of them per token,
+vocabulary 4096 (its own byte-level BPE), context 2048, trained on sequences of 256 and at the end 512 tokens. It writes simple stories, and
 something like encyclopedia articles, sums and programs; it knows nothing and is for showing and testing this project.
 
 | file | what |
