@@ -45,6 +45,8 @@ class Meter:
             "tpot_ms": tpot,
             "tokens_per_s": 1e3 / tpot if tpot else None,
             "kernels": self._session.kernels,
+            "route_bias": info.route_bias if info else None,
+            "route_keep": info.route_keep if info else None,
             "cache": asdict(info) if info else None,
             "hit_rate": stats.hit_rate if stats else None,
             "bytes_per_token": (stats.bytes_demand + stats.bytes_prefetch) / steps if stats else None,
@@ -79,8 +81,14 @@ def cache_text(info: CacheInfo | None, kernels: str) -> str:
     """How the experts are held, for people."""
     if info is None:
         return f"no expert cache; {kernels} kernels"
+    lossy = (
+        f"\nLOSSY: route bias {info.route_bias:g} preferred experts in the cache, the router's first {info.route_keep} "
+        "stayed; the output is not the model's own"
+        if info.route_bias is not None
+        else ""
+    )
     return (
         f"expert cache: {format_size(info.used)} of {format_size(info.budget)}, {info.n_slots} slots in each of "
         f"{info.n_layers} layers (floor {format_size(info.floor)}), policy {info.policy}, {info.io} reads with "
-        f"{info.n_threads} threads, {kernels} expert kernels"
+        f"{info.n_threads} threads, {kernels} expert kernels{lossy}"
     )
