@@ -70,13 +70,14 @@ def _lines(axes: Any, rows: Sequence[Row], value: Any, unit: str, title: str) ->
 
 
 def _times(axes: Any, rows: Sequence[Row]) -> None:
-    """For each series the range between full overlap of reads and compute, and none."""
-    for _, color, dashes, own in _series(rows):
+    """The limit with full overlap of reads and compute; for the first series the range up to none, too."""
+    for index, (_, color, dashes, own) in enumerate(_series(rows)):
         slots = [row["slots"] for row in own]
         low, high = ([row[name] for row in own] for name in ("limit_ms", "no_overlap_ms"))
-        axes.fill_between(slots, low, high, color=color, alpha=0.13, linewidth=0)
+        if index == 0:
+            axes.fill_between(slots, low, high, color=color, alpha=0.13, linewidth=0)
         axes.plot(slots, low, color=color, linestyle=dashes, marker="o", markersize=4, linewidth=1.6)
-    _frame(axes, rows, "ms per token", "TPOT: from full overlap (line) to none")
+    _frame(axes, rows, "ms per token", "TPOT with full overlap; area: up to none")
     axes.set_ylim(bottom=0)
 
 
