@@ -104,10 +104,17 @@ class Trace:
         return digest.hexdigest()
 
 
-def packaged_trace() -> Trace:
-    """The trace that ships with the package: OLMoE-1B-7B, 299 decoded tokens, 16 layers, 64 experts, top 8."""
-    with as_file(files("remoe_edge") / "data" / "olmoe-1b-7b.npz") as path:
-        return load_trace(path)
+PACKAGED_TRACES = ("olmoe-1b-7b", "gpt-oss-20b", "deepseek-v2-lite")
+
+
+def packaged_trace(name: str = PACKAGED_TRACES[0]) -> Trace:
+    """A trace that ships with the package; by default OLMoE-1B-7B: 299 tokens, 16 layers, 64 experts, top 8.
+
+    The others are the first sequences of longer ones: gpt-oss-20b (24 layers, 32 experts, top 4), DeepSeek-V2-Lite (26
+    layers, 64 experts, top 6; teacher-forced text).
+    """
+    with as_file(files("remoe_edge") / "data" / f"{name}.npz") as path:
+        return replace(load_trace(path), origin=f"{name}.npz (packaged)")
 
 
 def load_trace(path: Path) -> Trace:
