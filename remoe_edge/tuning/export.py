@@ -1,0 +1,116 @@
+"""What a run leaves: the tuned router, its card, and on request a whole checkpoint with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from remoe_edge import __version__
+from remoe_edge.errors import RemoeError
+from remoe_edge.files import atomic_output
+from remoe_edge.progress import Report, silent
+from remoe_edge.tuning.load import versions
+from remoe_edge.tuning.train import TuneConfig, TuneResult
+
+
+def card(
+    result: TuneResult, config: TuneConfig, *, model: str, data: Mapping[str, str], length: int, held_out: int
+) -> dict[str, Any]:
+    """Settings, data and figures of a run, for people and programs."""
+    before, after = result.before, result.after
+    return {
+        "remoe_edge": __version__,
+        **versions(),
+        "model": model,
+        "settings": {**asdict(config), "length": length},
+        "data_sha256": dict(data),
+        "held_out_sequences": held_out,
+        "kept_step": after.step,
+        "stopped": result.stopped,
+        "reuse_rate": {"base": before.reuse_rate, "tuned": after.reuse_rate},
+        "ppl": {"base": before.ppl, "tuned": after.ppl},
+        "kl_base_tuned_nats": after.kl,
+        "frozen_sha256": result.frozen_sha256,
+        "checks": [asdict(check) for check in result.checks],
+    }
+
+
+def write_router(router: Mapping[str, Tensor], said: Mapping[str, Any], output: Path, *, force: bool = False) -> None:
+    """A safetensors file of FP32 tensors under their Hugging Face names; the card is in its metadata."""
+    with atomic_output(output, force=force) as temporary:
+        tensors = {name: tensor.contiguous() for name, tensor in router.items()}
+        try:
+            save_file(tensors, temporary, {"remoe_edge": json.dumps(said, sort_keys=True)})
+        except Exception as error:  # the package reports a full disk as an error of its own
+            raise RemoeError(f"{output}: cannot be written: {error}") from error
+
+
+def export_checkpoint(model: Path, router: Mapping[str, Tensor], output: Path, report: Report = silent) -> None:
+    """Copy a checkpoint folder with the router's tensors replaced, each in the type that it has there.
+
+    vLLM and transformers load the result. The folder appears whole or not at all. Raises RemoeError if `output` exists
+    or the checkpoint lacks a tensor of the router.
+    """
+    if output.exists():
+        raise RemoeError(f"{output} exists; choose another folder")
+    temporary = output.parent / f".{output.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        left = dict(router)
+        files = sorted(path for path in model.iterdir() if path.is_file())
+        for index, path in enumerate(files):
+            report(f"writing {path.name}", index / len(files))
+            if path.suffix != ".safetensors":
+                shutil.copy2(path, temporary / path.name)
+                continue
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if name in left]  # noqa: SIM118
+                if not names:
+                    shutil.copy2(path, temporary / path.name)
+                    continue
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata()
+            for name in names:
+                if tensors[name].shape != left[name].shape:
+                    raise RemoeError(
+                        f"{path}: {name} is {list(tensors[name].shape)}, the router {list(left[name].shape)}"
+                    )
+                tensors[name] = left.pop(name).to(tensors[name].dtype)
+            save_file(tensors, temporary / path.name, metadata)
+        if left:
+            raise RemoeError(f"{model}: has no tensor '{next(iter(left))}', which the router has")
+        temporary.rename(output)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RemoeError(f"{output}: cannot be written: {error.strerror}") from error
+        raise
+
+
+def apply_router(moe: Any, path: Path) -> None:
+    """Put a router file into a loaded model. Raises RemoeError if it is not this model's."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RemoeError(f"{path}: not a sound safetensors file: {error}") from error
+    own = moe.router_parameters()
+    if missing := sorted(own.keys() - tensors.keys()):
+        raise RemoeError(f"{path}: has no tensor '{missing[0]}', which this model's router has")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if tensors[name].shape != parameter.shape:
+                raise RemoeError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}")
+            parameter.copy_(tensors[name])

@@ -1,0 +1,446 @@
+"""The training loop: routers only, resumable at every step, guarded by what it may cost.
+
+Order of data, weights and optimiser states are a pure function of the settings and the step, so a run that was killed
+ends with the bytes of one that was not. Several processes (torchrun, through accelerate) share each step's sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from remoe_edge.errors import RemoeError
+from remoe_edge.files import atomic_output
+from remoe_edge.progress import Report, silent
+from remoe_edge.tuning.adapters import MoE, record
+from remoe_edge.tuning.data import Sequences
+from remoe_edge.tuning.losses import Weights, lag_loss, reuse_loss, reuse_rate, smooth_loss, trust_loss, window_loss
+
+CHECKPOINT = "tune-checkpoint.safetensors"
+TERMS = ("ce", "kl", "reuse", "smooth", "lag", "window")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Settings of a run. Steps, rate, warm-up, clipping and batch are the paper's; the weights are ours.
+
+    Attributes
+    ----------
+    local_warm_up
+        Steps in which the weight of the locality losses rises from 0 to 1 (s_warm).
+    window
+        Tokens of a window of `window_loss` (W).
+    micro_batch, accumulation
+        Sequences computed at once by one process, and how often, for one step.
+    check_every
+        Steps between looks at held-out text.
+    max_ppl_increase, max_kl
+        What a state may cost on held-out text to be kept: relative increase of perplexity; mean KL(base || tuned) of
+        the next token, in nats. None: no guard.
+    patience
+        Looks in a row that break a guard before the run ends early.
+    """
+
+    steps: int = 2000
+    learning_rate: float = 5e-5
+    warm_up: int = 200
+    local_warm_up: int = 200
+    clip: float = 1.0
+    micro_batch: int = 1
+    accumulation: int = 8
+    weights: Weights = field(default_factory=Weights)
+    window: int = 64
+    seed: int = 0
+    check_every: int = 50
+    max_ppl_increase: float | None = 0.01
+    max_kl: float | None = None
+    patience: int = 4
+
+
+@dataclass(frozen=True)
+class Check:
+    """Held-out figures at one step; `kl` is the mean KL(base || tuned) of the next token, in nats."""
+
+    step: int
+    ppl: float
+    kl: float
+    reuse_rate: float
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The chosen state and how it was found.
+
+    Attributes
+    ----------
+    router
+        FP32 tensors by the name they have in a checkpoint.
+    before, after
+        Held-out figures of the base and of the chosen state.
+    stopped
+        Why the run ended before its last step; None if it did not.
+    frozen_sha256
+        Hash over everything but the routers, the same before and after.
+    """
+
+    router: dict[str, Tensor]
+    before: Check
+    after: Check
+    checks: list[Check]
+    stopped: str | None
+    frozen_sha256: str
+
+
+def tune(
+    moe: MoE,
+    train: Sequences,
+    held_out: Sequences,
+    config: TuneConfig,
+    *,
+    folder: Path | None = None,
+    accelerator: Accelerator | None = None,
+    autocast: torch.dtype | None = None,
+    report: Report = silent,
+    on_step: Callable[[dict[str, Any]], None] = lambda _row: None,
+) -> TuneResult:
+    """Tune the routers of `moe` and leave the chosen ones in it.
+
+    Parameters
+    ----------
+    folder
+        Where the run keeps its checkpoint and `log.jsonl`; it goes on from what is there. None: nothing is kept.
+    autocast
+        Type of matrix products outside of routers, for models in FP32; None: the model's own.
+    on_step
+        Called with every line of the log.
+
+    Raises RemoeError when a loss is not finite and no state was good before, when memory runs out, and for a folder
+    whose run had other settings.
+    """
+    accelerator = accelerator or Accelerator()
+    run = _Run(moe, train, held_out, config, accelerator, autocast)
+    frozen = _frozen_hash(moe)
+    state = _State()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = run.restore(folder)
+    if not state.checks:
+        state.checks.append(run.check(0))
+        state.keep(run, config)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(folder / "log.jsonl", "a", encoding="utf-8")) if folder else None
+        first = state.step
+        while state.step < config.steps and state.stopped is None:
+            row = run.step(state.step)
+            state.step += 1
+            if not math.isfinite(row["loss"]):
+                state.stopped = f"the loss of step {state.step} is {row['loss']}"
+                break
+            if state.step % config.check_every == 0 or state.step == config.steps:
+                state.checks.append(run.check(state.step))
+                state.keep(run, config)
+                row["held_out"] = asdict(state.checks[-1])
+            if accelerator.is_main_process:
+                if log:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                on_step(row)
+                if folder is not None and ("held_out" in row or state.step == config.steps):
+                    run.save(folder, state)
+            report(_progress_text(row, state), (state.step - first) / (config.steps - first))
+    after = _hash_equal(moe, frozen)
+    run.load(state.best)
+    return TuneResult(
+        router={name: tensor.clone() for name, tensor in state.best.items()},
+        before=state.checks[0],
+        after=next(check for check in state.checks if check.step == state.best_step),
+        checks=state.checks,
+        stopped=state.stopped,
+        frozen_sha256=after,
+    )
+
+
+def _progress_text(row: dict[str, Any], state: _State) -> str:
+    best = next(check for check in state.checks if check.step == state.best_step)
+    base = state.checks[0].reuse_rate
+    return (
+        f"step {row['step']}: loss {row['loss']:.3f}, reuse {row['reuse_rate']:.1%} "
+        f"(kept: {best.reuse_rate / max(base, 1e-9) - 1:+.1%})"
+    )
+
+
+@dataclass
+class _State:
+    """What a run carries from step to step, beside weights and optimiser."""
+
+    step: int = 0
+    checks: list[Check] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_step: int = 0
+    broken: int = 0
+    stopped: str | None = None
+
+    def keep(self, run: _Run, config: TuneConfig) -> None:
+        """Keep the state if it obeys the guards and reuses more than the one kept; end a run that no longer obeys."""
+        base, now = self.checks[0], self.checks[-1]
+        obeys = all(map(math.isfinite, (now.ppl, now.kl)))
+        if config.max_ppl_increase is not None:
+            obeys &= now.ppl <= base.ppl * (1 + config.max_ppl_increase)
+        if config.max_kl is not None:
+            obeys &= now.kl <= config.max_kl
+        self.broken = 0 if obeys else self.broken + 1
+        kept = next((check for check in self.checks if check.step == self.best_step), base)
+        # Without locality there is nothing to choose by: the control ends where it ends.
+        better = now.reuse_rate > kept.reuse_rate if config.weights.local else True
+        if not self.best or (obeys and better):
+            self.best = {name: p.detach().float().cpu().clone() for name, p in run.parameters.items()}
+            self.best_step = now.step
+        if self.broken >= config.patience:
+            self.stopped = (
+                f"{self.broken} looks at held-out text in a row broke a guard (perplexity "
+                f"{now.ppl / base.ppl - 1:+.2%}, KL {now.kl:.4f})"
+            )
+
+
+class _Run:
+    """One run's model, optimiser and data."""
+
+    def __init__(
+        self,
+        moe: MoE,
+        train: Sequences,
+        held_out: Sequences,
+        config: TuneConfig,
+        accelerator: Accelerator,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.moe, self.train, self.held_out, self.config = moe, train, held_out, config
+        self.accelerator, self.autocast = accelerator, autocast
+        self.parameters = moe.router_parameters()
+        for parameter in moe.model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        moe.model.eval()
+        self.reference = {name: p.detach().clone() for name, p in self.parameters.items()}
+        optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+        placed = getattr(moe.model, "hf_device_map", None) is not None
+        self.model, self.optimizer = accelerator.prepare(moe.model, optimizer, device_placement=[not placed, True])
+        self.base_logits: list[Tensor] = []
+
+    @property
+    def digest(self) -> str:
+        """Of the settings that make a run what it is."""
+        said = json.dumps(asdict(self.config), sort_keys=True).encode()
+        parts = [said, self.train.ids.tobytes(), self.held_out.ids.tobytes(), self.train.learn.tobytes()]
+        parts += [tensor.cpu().numpy().tobytes() for tensor in self.reference.values()]
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimiser step; the line of the log."""
+        config, begin = self.config, time.monotonic()
+        rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warm_up))
+        rising = min(1.0, (step + 1) / max(1, config.local_warm_up))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        totals: dict[str, float] = dict.fromkeys((*TERMS, "loss", "reuse_rate"), 0.0)
+        batches = list(self._batches(step))
+        for index, rows in enumerate(batches):
+            last = index + 1 == len(batches)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                terms, reuse = self._terms(rows)
+                loss = self._weigh(terms, rising) / len(batches)
+                with _clear_memory_errors(self.config):
+                    self.accelerator.backward(loss)
+            for name, value in terms.items():
+                totals[name] += float(value.detach()) / len(batches)
+            totals["loss"] += float(loss.detach())
+            totals["reuse_rate"] += reuse / len(batches)
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip)
+        if math.isfinite(totals["loss"]):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "step": step + 1,
+            **totals,
+            "grad_norm": float(norm),
+            "lr": rate,
+            "local_weight": rising,
+            "seconds": time.monotonic() - begin,
+        }
+
+    def _batches(self, step: int) -> Iterator[Any]:
+        """Rows of the training set for this process: every step goes on where the last one ended, epoch by epoch."""
+        config, world = self.config, self.accelerator.num_processes
+        size = config.micro_batch * world
+        for index in range(config.accumulation):
+            first = (step * config.accumulation + index) * size
+            order = []
+            for position in range(first, first + size):
+                epoch, place = divmod(position, len(self.train))
+                generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
+                order.append(int(torch.randperm(len(self.train), generator=generator)[place]))
+            yield order[self.accelerator.process_index :: world]
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        kind = self.accelerator.device.type
+        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None), _clear_memory_errors(self.config):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _terms(self, rows: list[int]) -> tuple[dict[str, Tensor], float]:
+        """All losses of some rows, without weights, and their reuse rate."""
+        weights = self.config.weights
+        ids = torch.from_numpy(self.train.ids[rows]).to(self.accelerator.device)
+        learn = torch.from_numpy(self.train.learn[rows]).to(ids.device)
+        with record(self.moe) as routings:
+            logits = self._forward(ids[:, :-1])
+        entropy = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        parts: dict[str, list[Tensor]] = {name: [] for name in TERMS[1:]}
+        reuse = 0.0
+        for router, routing in zip(self.moe.routers, routings, strict=True):
+            shape = (len(rows), ids.shape[1] - 1, -1)
+            probs, chosen = routing.probs.view(shape), routing.ids.view(shape)
+            reuse += reuse_rate(chosen) / len(routings)
+            if weights.kl:
+                old = [self.reference[name].to(routing.hidden.device) for name in router.parameters]
+                parts["kl"].append(trust_loss(routing.logits, F.linear(routing.hidden, *old)))
+            if weights.reuse:
+                parts["reuse"].append(reuse_loss(probs, chosen))
+            if weights.smooth:
+                parts["smooth"].append(smooth_loss(probs))
+            if weights.lag:
+                parts["lag"].append(lag_loss(probs))
+            if weights.window:
+                parts["window"].append(window_loss(probs, self.config.window))
+        count = learn.sum().clamp(min=1)
+        terms = {"ce": (entropy * learn.flatten()).sum() / count}
+        for name, values in parts.items():
+            terms[name] = (
+                torch.stack([value.to(entropy.device) for value in values]).mean() if values else entropy.new_zeros(())
+            )
+        return terms, reuse
+
+    def _weigh(self, terms: dict[str, Tensor], rising: float) -> Tensor:
+        weights = asdict(self.config.weights)
+        parts = [
+            term * weights[name] * (1.0 if name in ("ce", "kl") else rising)
+            for name, term in terms.items()
+            if weights[name]
+        ]
+        return torch.stack(parts).sum()
+
+    @torch.no_grad()
+    def check(self, step: int) -> Check:
+        """Figures on held-out text, beside those of the base router on the same tokens."""
+        entropy, divergence, reuse, count = 0.0, 0.0, 0.0, 0
+        for start in range(0, len(self.held_out), self.config.micro_batch):
+            ids = torch.from_numpy(self.held_out.ids[start : start + self.config.micro_batch])
+            ids = ids.to(self.accelerator.device)
+            with record(self.moe) as routings:
+                logits = self._forward(ids[:, :-1])
+            logs = logits.float().log_softmax(-1)
+            entropy += float(F.nll_loss(logs.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+            chosen = [routing.ids.view(len(ids), ids.shape[1] - 1, -1) for routing in routings]
+            reuse += sum(map(reuse_rate, chosen)) / len(chosen) * len(ids)
+            if step > 0:
+                tuned = {name: p.detach().clone() for name, p in self.parameters.items()}
+                self.load(self.reference)
+                base = self._forward(ids[:, :-1]).float().log_softmax(-1)
+                self.load(tuned)
+                divergence += float((base.exp() * (base - logs)).sum())
+            count += ids[:, 1:].numel()
+        return Check(step, math.exp(entropy / count), divergence / count, reuse / len(self.held_out))
+
+    @torch.no_grad()
+    def load(self, router: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(router[name])
+
+    def save(self, folder: Path, state: _State) -> None:
+        """Everything that the next step depends on, in one file that is whole or not there."""
+        tensors = {f"router.{name}": p.detach().cpu() for name, p in self.parameters.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).cpu() for key, value in values.items()}
+        said = {
+            "run": self.digest,
+            "step": state.step,
+            "best_step": state.best_step,
+            "broken": state.broken,
+            "stopped": state.stopped,
+            "checks": [asdict(check) for check in state.checks],
+        }
+        with atomic_output(folder / CHECKPOINT, force=True) as temporary:
+            save_file({n: t.contiguous().clone() for n, t in tensors.items()}, temporary, {"state": json.dumps(said)})
+
+    def restore(self, folder: Path) -> _State:
+        """Go on from a checkpoint, if there is one of the same run."""
+        path = folder / CHECKPOINT
+        if not path.exists():
+            return _State()
+        with safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {}).get("state", "{}"))
+        if said.get("run") != self.digest:
+            raise RemoeError(
+                f"{folder}: holds a run with other settings, data or model; give another folder, or remove it"
+            )
+        tensors = load_file(path)
+        self.load({name: tensors[f"router.{name}"] for name in self.parameters})
+        optimizer = self.optimizer.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                index, key = name.split(".")[1:]
+                optimizer["state"].setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict(optimizer)
+        best = {name: tensors[f"best.{name}"] for name in self.parameters}
+        checks = [Check(**check) for check in said["checks"]]
+        # Lines of steps after the checkpoint are made again.
+        log = folder / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        with atomic_output(log, force=True) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines[: said["step"]]), encoding="utf-8")
+        return _State(said["step"], checks, best, said["best_step"], said["broken"], said["stopped"])
+
+
+@contextlib.contextmanager
+def _clear_memory_errors(config: TuneConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RemoeError(
+            f"the accelerator has too little memory for {config.micro_batch} sequence(s) at once: use a smaller "
+            "--micro-batch (with more --accumulation) or --length, --gradient-checkpointing, or --experts-on-cpu"
+        ) from error
+
+
+def _frozen_hash(moe: MoE) -> str:
+    """sha256 over every parameter and buffer that is no router's."""
+    own = set(moe.router_parameters())
+    digest = hashlib.sha256()
+    for name, tensor in sorted(moe.model.state_dict().items()):
+        if name not in own and tensor.device.type != "meta":
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash_equal(moe: MoE, before: str) -> str:
+    after = _frozen_hash(moe)
+    if after != before:
+        raise RemoeError("weights other than the routers' have changed, which must not happen; the result is not kept")
+    return after
