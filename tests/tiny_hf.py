@@ -1,155 +1,130 @@
-"""Tiny Hugging Face models with random weights: one of every supported architecture, as transformers saves them.
+"""Small Hugging Face checkpoints with random weights, one per architecture of Mixture-of-Experts models.
 
-Weights are larger than an initialisation makes them, and norms and biases are not constants: a tensor that is lost,
-transposed or taken for another one changes what is computed, and routers choose clearly.
+Weights are of healthy size, so that routing varies from token to token.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-VOCAB = 512
+ARCHITECTURES = ("olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral")
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
+EXPERTS = 8
+TOP_K = 2
+LAYERS = 2
+"""With experts; the models of DeepSeek have a dense one before them."""
+
+_HIDDEN = 64
+_SHARED: dict[str, Any] = {
+    "hidden_size": _HIDDEN,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "num_experts_per_tok": 3,
-    "rms_norm_eps": 1e-5,
+    "num_experts_per_tok": TOP_K,
+    "max_position_embeddings": 512,
 }
-_MLA = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
-_SHARED = {"n_shared_experts": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 64, "num_key_value_heads": 4}
-
-# Expert widths are multiples of 32, where Q8_0 and Q4_0 end; hidden sizes and widths of 256 suit K-quants.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "olmoe": {"intermediate_size": 32, "num_experts": 16},
-    "qwen2_moe": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 16},
-    "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 16, "head_dim": 32, "norm_topk_prob": True},
-    "deepseek_v2": {**_MLA, **_SHARED, "intermediate_size": 128, "n_routed_experts": 16},
-    "deepseek_v3": {
-        **_MLA,
-        **_SHARED,
-        "q_lora_rank": 32,
-        "intermediate_size": 128,
-        "n_routed_experts": 16,
-        "n_group": 4,
-        "topk_group": 2,
-        "num_nextn_predict_layers": 0,
+_MLA: dict[str, Any] = {
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "num_hidden_layers": LAYERS + 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+_QWEN: dict[str, Any] = {
+    "num_experts": EXPERTS,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": EXPERTS, "num_hidden_layers": LAYERS, "intermediate_size": 64},
+    "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**_QWEN, "head_dim": 16, "norm_topk_prob": True},
+    "deepseek_v2": {**_MLA, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {**_MLA, "q_lora_rank": 32, "n_group": 2, "topk_group": 1},
+    "gpt_oss": {
+        "num_local_experts": EXPERTS,
+        "num_hidden_layers": LAYERS,
+        "intermediate_size": 64,
+        "head_dim": 16,
+        "sliding_window": 16,
     },
-    "gpt_oss": {"intermediate_size": 64, "num_local_experts": 16, "head_dim": 32, "sliding_window": 16},
-    "mixtral": {"intermediate_size": 96, "num_local_experts": 8},
+    "mixtral": {"num_local_experts": EXPERTS, "num_hidden_layers": LAYERS, "intermediate_size": 64},
 }
-
-# Regular expressions of pre-tokenizers, as in the tokenizer.json of the models named.
-GPT2 = None
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-TEXT = """The keeper of the lighthouse counts the ships that pass, one by one, and writes them in a book.
-In 1987 there were 12 of them on a single day; it's said that he'd never seen so many, and they'll not come again.
-Grüße aus Köln: naïve café, Ærøskøbing, 東京は大きい, Привет мир, שלום, 🙂🚀.
-
-def mean(values):
-    total = 0.0
-    for value in values:
-        total += value  # sum them up
-    return total / len(values)
-
-"The tide is out," she said; "we can't wait for 3.1415 hours."   It doesn't rain -- not yet.
-\tif (x != y && y >= 10) { return x[i] * 2; }
-"""
+_ROUTER_GAIN = 2.0
+_TEXT = [
+    "The router of a Mixture-of-Experts model chooses a few experts for each token of the text.",
+    "Neighbouring tokens that reuse the same experts are cheap, because nothing has to be read for them.",
+    "Every layer has a router of its own, and 12 experts or 128, of which 2 or 8 compute.",
+]
 
 
-def tiny_model(
-    arch: str,
-    folder: Path,
-    seed: int = 0,
-    *,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: str = "1GB",
-    **config: Any,
-) -> PreTrainedModel:
-    """Save a random model of an architecture, by its transformers name, with a tokenizer into `folder`; return it.
+def tiny_model(arch: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Save a model of `arch` with LAYERS routers and its tokenizer in `folder`, and return that.
 
-    `config` changes what `ARCHITECTURES` says, such as `num_hidden_layers` and `hidden_size`.
+    `changes` go to `save_pretrained`: max_shard_size="100KB" makes many files and an index.
     """
-    settings = {**_COMMON, **ARCHITECTURES[arch], **config}
-    tokenizer = tiny_tokenizer(vocab=settings["vocab_size"])
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **{**ids, **settings})).to(dtype).eval()
-    randomise(model, seed)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
-    return model
+    tokenizer = byte_level_tokenizer()
+    config = transformers.AutoConfig.for_model(
+        arch,
+        **{
+            **_SHARED,
+            **_SIZES[arch],
+            "vocab_size": tokenizer.get_vocab_size(),
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": None,
+        },
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _randomize(model)
+    model.save_pretrained(folder, **changes)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    fast.save_pretrained(folder)
+    return folder
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter and every buffer that is saved; activations keep a size near 1 through all layers."""
-    generator = torch.Generator().manual_seed(seed)
-    saved = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in sorted(saved.items()):
-            noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.ndim == 1:
-                tensor.copy_(noise * 0.1 + (1.0 if name.endswith("norm.weight") else 0.0))
-            elif "embed_tokens" in name:
-                tensor.copy_(noise)
-            else:
-                # The contracted dimension: gpt_oss stores experts as [in, out], all others as [out, in].
-                transposed = model.config.model_type == "gpt_oss" and name.endswith(("gate_up_proj", "down_proj"))
-                tensor.copy_(noise * tensor.shape[-2 if transposed else -1] ** -0.5)
-
-
-def tiny_tokenizer(pattern: str | None = GPT2, *, vocab: int = VOCAB) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocab` entries, trained on `TEXT`.
-
-    It splits text with GPT-2's pattern, or with another one as Llama 3, Qwen and DeepSeek do. Three special tokens:
-    <|endoftext|>, which begins and ends texts, <|user|> and <|assistant|>.
-    """
+def byte_level_tokenizer() -> Tokenizer:
+    """GPT-2's kind of tokenizer, with every byte and a few merges."""
     tokenizer = Tokenizer(models.BPE())
-    if pattern is None:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [
-        AddedToken(text, special=True, normalized=False) for text in ("<|endoftext|>", "<|user|>", "<|assistant|>")
-    ]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=256
-    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    return tokenizer
 
 
-def edit_json(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON object in a file; None removes one."""
-    content = json.loads(path.read_text())
-    for key, value in changes.items():
-        if value is None:
-            content.pop(key, None)
+@torch.no_grad()
+def _randomize(model: torch.nn.Module) -> None:
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("inv_freq"):
+            continue
+        router = ".gate.weight" in name or "router.weight" in name
+        if name.endswith("e_score_correction_bias") or "bias" in name or "sinks" in name:
+            value.normal_(std=0.1)
+        elif value.dim() == 1:
+            value.uniform_(0.5, 1.5)
+        elif "embed_tokens" in name:
+            value.normal_()
         else:
-            content[key] = value
-    path.write_text(json.dumps(content))
+            value.normal_(std=(_ROUTER_GAIN if router else 1.0) / math.sqrt(value.shape[-1]))

@@ -223,7 +223,8 @@ def command(
         click.echo("No state reused more within the guards; the router written is the base's.", err=True)
     click.echo(
         f"reuse rate {before.reuse_rate:.1%} -> {after.reuse_rate:.1%} "
-        f"({after.reuse_rate / before.reuse_rate - 1:+.1%}), perplexity {before.ppl:.3f} -> {after.ppl:.3f} ({after.ppl / before.ppl - 1:+.2%}), "
+        f"({after.reuse_rate / before.reuse_rate - 1:+.1%}), perplexity {before.ppl:.3f} -> "
+        f"{after.ppl:.3f} ({after.ppl / before.ppl - 1:+.2%}), "
         f"KL {after.kl:.4f} nats, on {len(kept)} held-out sequences at step {after.step}",
         err=True,
     )

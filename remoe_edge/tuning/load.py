@@ -42,7 +42,7 @@ def load_model(
     local = Path(model).is_dir()
     if local:
         _check_folder(Path(model))
-    chosen = DTYPES[dtype] if dtype in DTYPES else "auto"
+    chosen: Any = DTYPES.get(dtype, "auto")
     placement: Any = None
     if torch.cuda.is_available():
         placement = {"": 0}
