@@ -58,11 +58,11 @@ def test_trust_is_kl_of_student_first_and_holds_the_reference_still() -> None:
     reference = torch.tensor([[0.0, 0.5, 0.0]], requires_grad=True)
     loss = trust_loss(student, reference)
     p, q = (t.detach().softmax(-1)[0].numpy() for t in (student, reference))
-    assert float(loss) == pytest.approx(kl(p, q), rel=1e-5)
+    assert loss.item() == pytest.approx(kl(p, q), rel=1e-5)
     loss.backward()
     assert reference.grad is None
     assert student.grad is not None
-    assert float(trust_loss(student, student)) == pytest.approx(0, abs=1e-7)
+    assert trust_loss(student, student).item() == pytest.approx(0, abs=1e-7)
 
 
 def test_reuse_pulls_a_token_towards_its_predecessor_and_not_the_other_way() -> None:

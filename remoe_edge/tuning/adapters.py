@@ -36,13 +36,15 @@ _PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "gpt_oss": _softmax,
     "mixtral": _softmax,
 }
+_CHECKPOINT_NAMES = {"mixtral": (".mlp.", ".block_sparse_moe.")}
+# What transformers renames between its modules and the checkpoint.
 SUPPORTED = tuple(_PROBABILITIES)
 """Values of `model_type` in the configuration of supported models."""
 
 
 @dataclass(frozen=True)
 class Router:
-    """The router of one MoE layer. `name` is its module, `model.layers.3.mlp.gate`."""
+    """The router of one MoE layer. `name` is that of its tensors in a checkpoint, `model.layers.3.mlp.gate`."""
 
     layer: int
     name: str
@@ -120,12 +122,13 @@ def adapt(model: nn.Module) -> MoE:
     if not routers:
         raise RemoeError(f"this {model_type} model has no layer with experts: there is no router to tune")
     first: Any = routers[0][1]
+    renamed = _CHECKPOINT_NAMES.get(model_type, ("", ""))
     moe = MoE(
         model,
         model_type,
         int(first.num_experts),
         int(first.top_k),
-        tuple(Router(layer, name, module) for layer, (name, module) in enumerate(routers)),
+        tuple(Router(layer, name.replace(*renamed), module) for layer, (name, module) in enumerate(routers)),
     )
     for router in moe.routers:
         _compute_in_fp32(moe, router.module)

@@ -430,10 +430,10 @@ def _clear_memory_errors(config: TuneConfig) -> Iterator[None]:
 
 def _frozen_hash(moe: MoE) -> str:
     """sha256 over every parameter and buffer that is no router's."""
-    own = set(moe.router_parameters())
+    own = {id(parameter) for parameter in moe.router_parameters().values()}
     digest = hashlib.sha256()
-    for name, tensor in sorted(moe.model.state_dict().items()):
-        if name not in own and tensor.device.type != "meta":
+    for name, tensor in sorted([*moe.model.named_parameters(), *moe.model.named_buffers()]):
+        if id(tensor) not in own and tensor.device.type != "meta":
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
