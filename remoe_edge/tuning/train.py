@@ -19,9 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from accelerate import Accelerator
+from accelerate.utils import align_module_device, has_offloaded_params
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import atomic_output
@@ -236,6 +239,11 @@ class _Run:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         moe.model.eval()
+        if getattr(moe.model, "is_gradient_checkpointing", False):
+            # Layers save memory in training mode only; what is inside them stays as it is, without dropout and jitter.
+            for module in moe.model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
         self.reference = {name: p.detach().clone() for name, p in self.parameters.items()}
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=0.0)
         placed = getattr(moe.model, "hf_device_map", None) is not None
@@ -298,7 +306,12 @@ class _Run:
 
     def _forward(self, ids: Tensor) -> Tensor:
         kind = self.accelerator.device.type
-        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None), _clear_memory_errors(self.config):
+        with (
+            torch.autocast(kind, self.autocast, enabled=self.autocast is not None),
+            _clear_memory_errors(self.config),
+            # A second pass that ends early would leave experts that it fetched from host memory on the accelerator.
+            set_checkpoint_early_stop(False),
+        ):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
@@ -432,10 +445,15 @@ def _frozen_hash(moe: MoE) -> str:
     """sha256 over every parameter and buffer that is no router's."""
     own = {id(parameter) for parameter in moe.router_parameters().values()}
     digest = hashlib.sha256()
-    for name, tensor in sorted([*moe.model.named_parameters(), *moe.model.named_buffers()]):
-        if id(tensor) not in own and tensor.device.type != "meta":
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for place, module in sorted(moe.model.named_modules(), key=lambda named: named[0]):
+        # What is kept in host memory is in the module only while it is fetched.
+        fetched = align_module_device(module, "cpu") if has_offloaded_params(module) else contextlib.nullcontext()
+        with fetched:
+            named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in named:
+                if id(tensor) not in own:
+                    digest.update(f"{place}.{name}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

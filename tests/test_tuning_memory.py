@@ -1,0 +1,91 @@
+"""What saves memory must not change what is computed: gradient checkpointing, and experts outside the accelerator."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from accelerate import cpu_offload  # noqa: E402
+from tiny_hf import ARCHITECTURES, LAYERS, tiny_model  # noqa: E402
+
+from remoe_edge.tuning.adapters import MoE, adapt  # noqa: E402
+from remoe_edge.tuning.data import Sequences  # noqa: E402
+from remoe_edge.tuning.load import load_model  # noqa: E402
+from remoe_edge.tuning.losses import Weights  # noqa: E402
+from remoe_edge.tuning.train import TuneConfig, TuneResult, tune  # noqa: E402
+
+STEPS = 2
+CONFIG = TuneConfig(
+    steps=STEPS,
+    learning_rate=0.01,
+    warm_up=1,
+    local_warm_up=1,
+    micro_batch=2,
+    accumulation=1,
+    check_every=STEPS,
+    max_ppl_increase=None,
+    weights=Weights(smooth=0.1, lag=0.1, window=0.1),
+)
+
+
+def run(moe: MoE) -> TuneResult:
+    rng = np.random.default_rng(0)
+    rows = Sequences(rng.integers(3, 60, (8, 25)), np.ones((8, 24), np.bool_), {})
+    # Nothing to choose by: the last state is kept.
+    return tune(moe, rows, rows.part(slice(0, 2)), replace(CONFIG, max_kl=None))
+
+
+def offload_experts(moe: MoE) -> None:
+    """As `--experts-on-cpu` does it: what stays is empty, and every pass fetches the weights for itself."""
+    for name, module in moe.model.named_modules():
+        if name.endswith(".experts"):
+            cpu_offload(module, execution_device=torch.device("cpu"))
+
+
+def count_passes(moe: MoE) -> list[int]:
+    """How often routers have run, in a list of one number that goes on counting."""
+    passes = [0]
+
+    def count(*_: object) -> None:
+        passes[0] += 1
+
+    for router in moe.routers:
+        router.module.register_forward_pre_hook(count)
+    return passes
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_saving_memory_gives_the_same_router(arch: str, offloaded: bool, tmp_path: Path) -> None:
+    folder = str(tiny_model(arch, tmp_path))
+    plain = adapt(load_model(folder))
+    saving = adapt(load_model(folder, gradient_checkpointing=True))
+    if offloaded:
+        offload_experts(saving)
+        experts = [p for n, p in saving.model.named_parameters() if ".experts." in n]
+        assert experts
+        assert {p.device.type for p in experts} == {"meta"}
+    passes = count_passes(plain), count_passes(saving)
+    expected, found = run(plain), run(saving)
+    for name, tensor in expected.router.items():
+        torch.testing.assert_close(found.router[name], tensor, rtol=1e-5, atol=1e-6)
+    # Experts are part of the proof wherever they are.
+    assert found.frozen_sha256 == expected.frozen_sha256
+    # Every layer ran a second time in the backward pass of each step.
+    assert passes[1][0] - passes[0][0] == LAYERS * STEPS
+    if offloaded:
+        assert {p.device.type for p in experts} == {"meta"}
+
+
+def test_proof_covers_experts_that_are_not_in_the_module(tmp_path: Path) -> None:
+    from remoe_edge.tuning.train import _frozen_hash
+
+    moe = adapt(load_model(str(tiny_model("olmoe", tmp_path))))
+    before = _frozen_hash(moe)
+    with torch.no_grad():
+        next(p for n, p in moe.model.named_parameters() if ".experts." in n)[0, 0, 0] += 1
+    offload_experts(moe)
+    assert _frozen_hash(moe) != before
