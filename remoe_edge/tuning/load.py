@@ -73,7 +73,9 @@ def load_model(
     except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise RemoeError(f"{model}: cannot be loaded: {_first_line(error)}") from error
     if gradient_checkpointing or experts_on_cpu:
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed in transformers 5.
+        enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return loaded
 
 

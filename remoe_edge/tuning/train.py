@@ -260,11 +260,10 @@ class _Run:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         moe.model.eval()
-        if getattr(moe.model, "is_gradient_checkpointing", False):
+        for module in moe.model.modules():
             # Layers save memory in training mode only; what is inside them stays as it is, without dropout and jitter.
-            for module in moe.model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = True
         self.reference = {name: p.detach().clone() for name, p in self.parameters.items()}
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=0.0)
         placed = getattr(moe.model, "hf_device_map", None) is not None
