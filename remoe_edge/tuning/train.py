@@ -266,7 +266,8 @@ class _Run:
                 module.training = True
         self.reference = {name: p.detach().clone() for name, p in self.parameters.items()}
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-        placed = getattr(moe.model, "hf_device_map", None) is not None
+        # Offloaded weights are empty where they stand, and cannot be moved.
+        placed = hasattr(moe.model, "hf_device_map") or any(p.is_meta for p in moe.model.parameters())
         self.model, self.optimizer = accelerator.prepare(moe.model, optimizer, device_placement=[not placed, True])
         self._orders: dict[int, Tensor] = {}
         self._base_logs: dict[int, Tensor] = {}
