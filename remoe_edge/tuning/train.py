@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from accelerate import Accelerator
-from accelerate.utils import align_module_device, has_offloaded_params
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -515,15 +514,26 @@ def _frozen_hash(moe: MoE) -> str:
     own = {id(parameter) for parameter in moe.router_parameters().values()}
     digest = hashlib.sha256()
     for place, module in sorted(moe.model.named_modules(), key=lambda named: named[0]):
-        # What is kept in host memory is in the module only while it is fetched.
-        fetched = align_module_device(module, "cpu") if has_offloaded_params(module) else contextlib.nullcontext()
-        with fetched:
+        with _fetched(module):
             named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in named:
                 if id(tensor) not in own:
                     digest.update(f"{place}.{name}".encode())
                     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _fetched(module: Any) -> Iterator[None]:
+    """Weights that accelerate keeps elsewhere are in the module only while it computes; or here."""
+    if not any(tensor.is_meta for tensor in module.parameters(recurse=False)):
+        yield
+        return
+    module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        module._hf_hook.post_forward(module, None)
 
 
 def _hash_equal(moe: MoE, before: str) -> str:
