@@ -236,7 +236,7 @@ def test_only_answers_count_when_asked(folder: Path, tmp_path: Path) -> None:
     assert set(tokenizer.decode(chat.ids[:, 1:][chat.learn]).replace("<|endoftext|>", "")) == set("xyz")
     text = tmp_path / "plain.txt"
     text.write_text("plain text " * 50)
-    with pytest.raises(RemoeError, match="without answers"):
+    with pytest.raises(RemoeError, match="answers cannot be told apart"):
         load_sequences([text], tokenizer, 10, responses_only=True)
 
 

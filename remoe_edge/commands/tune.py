@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import click
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import refuse_existing
-from remoe_edge.progress import stderr_progress
+from remoe_edge.progress import silent, stderr_progress
 from remoe_edge.sizes import format_size
 
 _TERMS = ("kl", "reuse", "smooth", "lag", "window")
@@ -44,7 +45,7 @@ _TERMS = ("kl", "reuse", "smooth", "lag", "window")
     metavar="FILE",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     multiple=True,
-    help="Text for the guards; repeatable. [default: the last sequences of --data]",
+    help="Text for the guards; repeatable. [default: sequences from all over --data]",
 )
 @click.option(
     "--held-out", metavar="N", type=click.IntRange(min=1), default=32, show_default=True, help="Its sequences."
@@ -52,10 +53,22 @@ _TERMS = ("kl", "reuse", "smooth", "lag", "window")
 @click.option(
     "--length", metavar="TOKENS", type=click.IntRange(min=2), default=2048, show_default=True, help="Of a sequence."
 )
+@click.option(
+    "--export-router-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type of the router in --export-hf; that of OUTPUT is float32. [default: as in MODEL]",
+)
 @click.option("--steps", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--lr", "learning_rate", type=click.FloatRange(min=0, min_open=True), default=5e-5, show_default=True)
 @click.option(
     "--warm-up", metavar="STEPS", type=click.IntRange(min=0), default=200, show_default=True, help="Of the rate."
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["constant", "linear", "cosine"]),
+    default="constant",
+    show_default=True,
+    help="The rate after its warm-up.",
 )
 @click.option(
     "--local-warm-up",
@@ -98,7 +111,11 @@ _TERMS = ("kl", "reuse", "smooth", "lag", "window")
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
-@click.option("--experts-on-cpu", is_flag=True, help="Keep experts in host memory, for a small GPU.")
+@click.option(
+    "--experts-on-cpu",
+    is_flag=True,
+    help="Keep experts in host memory, for a small GPU; includes --gradient-checkpointing.",
+)
 @click.option(
     "--work", metavar="DIR", type=click.Path(path_type=Path), help="Checkpoint and log. [default: OUTPUT.work]"
 )
@@ -109,6 +126,7 @@ def command(
     data: tuple[Path, ...],
     output: Path,
     export_hf: Path | None,
+    export_router_dtype: str | None,
     held_out_data: tuple[Path, ...],
     held_out: int,
     length: int,
@@ -131,14 +149,22 @@ def command(
 
     Losses and settings are those of ReMoE (arXiv 2605.27081); docs/tuning.md explains them. Several GPUs or machines:
     torchrun --nproc-per-node 4 -m remoe_edge tune ... After Ctrl-C or a crash the same command goes on where it was.
+
+    Beside OUTPUT lies its card as Markdown: settings, hashes, figures before and after.
     """
     weights = {name: settings.pop(name) for name in ("ce", *_TERMS)}
     given = {name: value for name, value in weights.items() if value is not None}
     if control and given:
         raise click.UsageError(f"--{next(iter(given))} has no effect with --control {control}.")
+    if export_router_dtype and export_hf is None:
+        raise click.UsageError("--export-router-dtype has no effect without --export-hf.")
     refuse_existing(output, force)
+    if not output.resolve().parent.is_dir():
+        raise RemoeError(f"{output.resolve().parent} is not a folder; create it first")
     if export_hf is not None and export_hf.exists():
         raise RemoeError(f"{export_hf} exists; choose another folder for --export-hf")
+    if export_hf is not None and not Path(model).is_dir():
+        raise RemoeError("--export-hf needs MODEL to be a folder; download it first: hf download MODEL --local-dir DIR")
     try:
         import torch
         from accelerate import Accelerator
@@ -146,8 +172,8 @@ def command(
         from remoe_edge.tuning.adapters import adapt
         from remoe_edge.tuning.data import load_sequences
         from remoe_edge.tuning.estimate import estimate
-        from remoe_edge.tuning.export import card, export_checkpoint, write_router
-        from remoe_edge.tuning.load import load_model, load_tokenizer
+        from remoe_edge.tuning.export import card, export_checkpoint, write_card, write_router
+        from remoe_edge.tuning.load import DTYPES, load_model, load_tokenizer
         from remoe_edge.tuning.losses import Weights
         from remoe_edge.tuning.train import TuneConfig, tune
     except ImportError as error:
@@ -157,23 +183,19 @@ def command(
     config = TuneConfig(weights=chosen, window=window_size, max_ppl_increase=guard, **settings)
     assert {field.name for field in fields(TuneConfig)} >= settings.keys()
     accelerator = Accelerator()
-    with stderr_progress() as report:
+    # One process speaks for all.
+    with stderr_progress() if accelerator.is_main_process else nullcontext(silent) as report:
         tokenizer = load_tokenizer(model)
         rows = load_sequences(data, tokenizer, length, responses_only=responses_only, report=report)
         if held_out_data:
             kept = load_sequences(held_out_data, tokenizer, length, report=report).part(slice(0, held_out))
         else:
-            if len(rows) <= held_out:
-                raise RemoeError(
-                    f"{len(rows)} sequences of {length} tokens leave nothing to train on beside {held_out} held out; "
-                    "give more text, a smaller --length or --held-out"
-                )
-            rows, kept = rows.part(slice(0, -held_out)), rows.part(slice(-held_out, None))
+            rows, kept = rows.split(held_out)
         loaded = load_model(
             model, dtype=dtype, experts_on_cpu=experts_on_cpu, gradient_checkpointing=gradient_checkpointing
         )
         moe = adapt(loaded)
-        needs = estimate(moe, config, length, gradient_checkpointing=gradient_checkpointing)
+        needs = estimate(moe, config, length, gradient_checkpointing=gradient_checkpointing or experts_on_cpu)
         if accelerator.is_main_process:
             click.echo(
                 f"{moe.model_type}: {moe.layers} MoE layers, top {moe.top_k} of {moe.experts} experts; training "
@@ -209,10 +231,16 @@ def command(
         if result.stopped and "loss of step" in result.stopped and result.after.step == 0:
             raise RemoeError(f"{result.stopped}, and no state before it was good: use a smaller --lr")
         write_router(result.router, said, output, force=force)
+        write_card(said, output.with_suffix(".md"))
         if export_hf is not None:
-            if not Path(model).is_dir():
-                raise RemoeError("--export-hf needs MODEL to be a folder")
-            export_checkpoint(Path(model), result.router, export_hf, report)
+            export_checkpoint(
+                Path(model),
+                result.router,
+                export_hf,
+                said=said,
+                dtype=DTYPES.get(export_router_dtype or ""),
+                report=report,
+            )
     if as_json:
         click.echo(json.dumps(said))
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,16 +67,23 @@ class Routing:
         [tokens, hidden] FP32, what the router saw.
     logits
         [tokens, experts] FP32, with gradient.
-    probs
-        [tokens, experts] FP32, a distribution.
     ids
         [tokens, k], the chosen experts, the most likely first.
     """
 
     hidden: Tensor
     logits: Tensor
-    probs: Tensor
     ids: Tensor
+    _score: Callable[[Tensor], Tensor] = field(repr=False)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """[tokens, experts] FP32, a distribution, with gradient.
+
+        Made when it is asked for, outside of the model: gradient checkpointing runs the model's code a second time and
+        wants the same operations, whether something listens or not.
+        """
+        return self._score(self.logits)
 
 
 @dataclass
@@ -147,8 +155,9 @@ def _compute_in_fp32(moe: MoE, module: Any) -> None:
             if moe._recording is not None:
                 # Some routers leave the order open.
                 order = weights.detach().argsort(dim=-1, descending=True, stable=True)
-                probs = moe.probabilities(logits)
-                moe._recording.append(Routing(seen.reshape(-1, seen.shape[-1]), logits, probs, ids.gather(-1, order)))
+                moe._recording.append(
+                    Routing(seen.reshape(-1, seen.shape[-1]), logits, ids.gather(-1, order), moe.probabilities)
+                )
         return logits, weights.to(hidden.dtype), ids
 
     module.forward = forward

@@ -74,8 +74,21 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def part(self, rows: slice) -> Sequences:
+    def part(self, rows: slice | Ids) -> Sequences:
         return Sequences(self.ids[rows], self.learn[rows], self.files)
+
+    def split(self, held_out: int, seed: int = 0) -> tuple[Sequences, Sequences]:
+        """What to train on and `held_out` rows beside it, drawn from all over the text, so that each file has its part.
+
+        Raises RemoeError if that leaves nothing to train on.
+        """
+        if len(self) <= held_out:
+            raise RemoeError(
+                f"{len(self)} sequences of {self.length} tokens leave nothing to train on beside {held_out} held out; "
+                "give more text, a smaller --length or --held-out"
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.part(np.sort(order[held_out:])), self.part(np.sort(order[:held_out]))
 
 
 def load_sequences(
@@ -92,14 +105,23 @@ def load_sequences(
     for index, path in enumerate(paths):
         content, digest = _read(path)
         files[str(path)] = digest
-        end = tokenizer.eos_token_id
+        # What the tokenizer puts before a text; templates write it themselves.
+        begin, end = tokenizer("")["input_ids"], tokenizer.eos_token_id
         for done, parts in _documents(content, path, tokenizer):
-            report(f"reading {path.name}", (index + done) / len(paths))
-            if responses_only and all(part.learn for part in parts):
-                raise RemoeError(f"{path}: is plain text without answers; leave out --responses-only")
+            if responses_only and parts and all(part.learn for part in parts):
+                raise RemoeError(
+                    f"{path}: has text in which answers cannot be told apart (plain text, or a chat template that "
+                    "rewrites earlier turns); leave out --responses-only"
+                )
+            if begin and parts and not parts[0].text.startswith(tokenizer.bos_token or "\0"):
+                ids.append(np.asarray(begin, np.int32))
+                learn.append(np.full(len(begin), not responses_only))
             for part in parts:
-                for start in range(0, len(part.text), _PIECE):
-                    piece = tokenizer(part.text[start : start + _PIECE], add_special_tokens=False)["input_ids"]
+                for start, text in _pieces(part.text):
+                    # A document of one text is the whole file, and may be long.
+                    inside = start / len(part.text) if len(parts) == 1 else 0.0
+                    report(f"reading {path.name}", (index + max(done, inside)) / len(paths))
+                    piece = tokenizer(text, add_special_tokens=False)["input_ids"]
                     ids.append(np.asarray(piece, np.int32))
                     learn.append(np.full(len(piece), part.learn or not responses_only))
             if end is not None:
@@ -116,6 +138,18 @@ def load_sequences(
     # Rows overlap by one token, so that each token but the first is predicted once.
     blocks = np.stack([stream[row * length : (row + 1) * length + 1] for row in range(rows)]).astype(np.int64)
     return Sequences(blocks, kept[1 : rows * length + 1].reshape(rows, length), files)
+
+
+def _pieces(text: str) -> Iterator[tuple[int, str]]:
+    """A text in pieces that begin with a space or line feed where there is one, each with its first character."""
+    start = 0
+    while start < len(text):
+        end = start + _PIECE
+        if end < len(text):
+            space = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+            end = space if space > 0 else end
+        yield start, text[start:end]
+        start = end
 
 
 def _read(path: Path) -> tuple[str, str]:
@@ -144,19 +178,16 @@ def _documents(content: str, path: Path, tokenizer: Any) -> Iterator[tuple[float
         lines = content.split("\n")
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield (
-                    number / len(lines),
-                    _parts(_json(line, f"{path}, line {number}"), f"{path}, line {number}", tokenizer),
-                )
+                where = f"{path}, line {number}"
+                yield (number - 1) / len(lines), _parts(_json(line, where), where, tokenizer)
     elif name.endswith(".json"):
         items = _json(content, str(path))
         if not isinstance(items, list):
             raise RemoeError(f"{path}: is neither JSON Lines nor a JSON array of objects")
         for number, item in enumerate(items, 1):
-            yield number / len(items), _parts(item, f"{path}, entry {number}", tokenizer)
+            yield (number - 1) / len(items), _parts(item, f"{path}, entry {number}", tokenizer)
     else:
-        # Where a text has paragraphs, progress can be shown; the tokens are the same.
-        yield 0.5, [Part(content)]
+        yield 0.0, [Part(content)]
 
 
 def _json(text: str, where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remoe_edge import __version__
@@ -54,8 +55,52 @@ def write_router(router: Mapping[str, Tensor], said: Mapping[str, Any], output: 
             raise RemoeError(f"{output}: cannot be written: {error}") from error
 
 
-def export_checkpoint(model: Path, router: Mapping[str, Tensor], output: Path, report: Report = silent) -> None:
-    """Copy a checkpoint folder with the router's tensors replaced, each in the type that it has there.
+def write_card(said: Mapping[str, Any], output: Path) -> None:
+    """The card as Markdown, for people."""
+    reuse, ppl = said["reuse_rate"], said["ppl"]
+    rows = [
+        ("reuse rate", f"{reuse['base']:.4f}", f"{reuse['tuned']:.4f}", f"{reuse['tuned'] / reuse['base'] - 1:+.1%}"),
+        ("perplexity", f"{ppl['base']:.4f}", f"{ppl['tuned']:.4f}", f"{ppl['tuned'] / ppl['base'] - 1:+.2%}"),
+        ("KL(base, tuned) of the next token, nats", "0", f"{said['kl_base_tuned_nats']:.5f}", ""),
+    ]
+    settings = {**said["settings"], **{f"weight of {k}": v for k, v in said["settings"]["weights"].items()}}
+    del settings["weights"]
+    text = [
+        f"# Router of {said['model']}, tuned for reuse",
+        "",
+        f"Made by remoe-edge {said['remoe_edge']} (torch {said['torch']}, transformers {said['transformers']}). Only "
+        f"router weights changed; the sha256 of all others is {said['frozen_sha256']}, before and after.",
+        "",
+        f"| on {said['held_out_sequences']} held-out sequences | base | tuned, step {said['kept_step']} | change |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        *(["", f"The run ended early: {said['stopped']}."] if said["stopped"] else []),
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in sorted(settings.items())),
+        "",
+        "| data | sha256 |",
+        "|---|---|",
+        *(f"| {name} | {digest} |" for name, digest in said["data_sha256"].items()),
+        "",
+    ]
+    with atomic_output(output, force=True) as temporary:
+        temporary.write_text("\n".join(text), encoding="utf-8")
+
+
+def export_checkpoint(
+    model: Path,
+    router: Mapping[str, Tensor],
+    output: Path,
+    *,
+    said: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    report: Report = silent,
+) -> None:
+    """Copy a checkpoint folder with the router's tensors replaced, each in `dtype`, by default the type it has there.
+
+    With `said`, a card, that is there as `remoe-edge.md`.
 
     vLLM and transformers load the result. The folder appears whole or not at all. Raises RemoeError if `output` exists
     or the checkpoint lacks a tensor of the router.
@@ -85,23 +130,33 @@ def export_checkpoint(model: Path, router: Mapping[str, Tensor], output: Path, r
                     raise RemoeError(
                         f"{path}: {name} is {list(tensors[name].shape)}, the router {list(left[name].shape)}"
                     )
-                tensors[name] = left.pop(name).to(tensors[name].dtype)
+                tensors[name] = left.pop(name).to(dtype or tensors[name].dtype).contiguous()
             save_file(tensors, temporary / path.name, metadata)
         if left:
             raise RemoeError(f"{model}: has no tensor '{next(iter(left))}', which the router has")
+        if said is not None:
+            write_card(said, temporary / "remoe-edge.md")
+        _flush(temporary)
         temporary.rename(output)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise RemoeError(f"{output}: cannot be written: {error.strerror}") from error
+        if isinstance(error, (OSError, SafetensorError)):
+            raise RemoeError(f"{output}: cannot be written: {error}") from error
         raise
+
+
+def _flush(folder: Path) -> None:
+    """Onto the disk, so that a folder that appears is whole also after a power cut."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def apply_router(moe: Any, path: Path) -> None:
     """Put a router file into a loaded model. Raises RemoeError if it is not this model's."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, Mxfp4Config
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.router import INDEX_NAME
@@ -35,19 +36,26 @@ def load_model(
     dtype
         "auto": as in the checkpoint; on a CPU without bfloat16 instructions it is slow, so there it is float32.
     experts_on_cpu
-        Keep the experts in host memory and compute everything else on the GPU, for models larger than its memory.
+        Keep the experts in host memory, for models larger than the GPU's; a layer's experts are copied there when it
+        computes, and again in the backward pass, so this turns `gradient_checkpointing` on.
 
-    Raises RemoeError, naming the file, for a folder that is incomplete, and for a model without support here.
+    With several processes each loads onto its own GPU. Checkpoints in MXFP4 (gpt-oss) and FP8 (DeepSeek-V3) become
+    BF16: their kernels have no backward pass. Raises RemoeError, naming the file, for a folder that is incomplete, and
+    for a model without support here.
     """
     local = Path(model).is_dir()
     if local:
         _check_folder(Path(model))
     chosen: Any = DTYPES.get(dtype, "auto")
     placement: Any = None
+    config = _config(model, local)
     if torch.cuda.is_available():
-        placement = {"": 0}
+        state = PartialState()
+        if experts_on_cpu and state.num_processes > 1:
+            raise RemoeError("--experts-on-cpu works in one process; start without torchrun, or leave it out")
+        placement = {"": state.local_process_index}
         if experts_on_cpu:
-            placement = _experts_on_cpu(model, local)
+            placement |= dict.fromkeys(_experts(config), "cpu")
     elif dtype == "auto":
         chosen = torch.float32
     try:
@@ -56,6 +64,7 @@ def load_model(
             dtype=chosen,
             device_map=placement,
             local_files_only=local,
+            **_dequantise(model, config),
             # Loops over experts are slow in training; this form computes the same.
             experts_implementation="grouped_mm",
         )
@@ -63,19 +72,39 @@ def load_model(
         raise RemoeError(f"{model}: does not fit into the accelerator's memory; use --experts-on-cpu") from error
     except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise RemoeError(f"{model}: cannot be loaded: {_first_line(error)}") from error
-    if gradient_checkpointing:
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})
+    if gradient_checkpointing or experts_on_cpu:
+        # Renamed in transformers 5.
+        enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return loaded
 
 
-def _experts_on_cpu(model: str, local: bool) -> dict[str, Any]:
-    config = AutoConfig.from_pretrained(model, local_files_only=local)
+def _config(model: str, local: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(model, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        raise RemoeError(f"{model}: has no configuration that can be loaded: {_first_line(error)}") from error
+
+
+def _experts(config: Any) -> list[str]:
+    """Names of the modules that hold the experts of one layer each."""
+    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        auto: Any = AutoModelForCausalLM
         empty = auto.from_config(config)
-    placement: dict[str, Any] = {"": 0}
-    placement |= {name: "cpu" for name, _ in empty.named_modules() if name.endswith(".experts")}
-    return placement
+    return [name for name, _ in empty.named_modules() if name.endswith(".experts")]
+
+
+def _dequantise(model: str, config: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that make weights of a quantised checkpoint ones with a backward pass."""
+    quantised: Any = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return {}
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    if method == "mxfp4":
+        return {"quantization_config": Mxfp4Config(dequantize=True)}
+    if method == "fp8":
+        return {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    raise RemoeError(f"{model}: is quantised ({method}), which cannot be tuned; give the checkpoint it was made from")
 
 
 def _check_folder(folder: Path) -> None:

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import atomic_output
@@ -31,7 +33,12 @@ from remoe_edge.tuning.data import Sequences
 from remoe_edge.tuning.losses import Weights, lag_loss, reuse_loss, reuse_rate, smooth_loss, trust_loss, window_loss
 
 CHECKPOINT = "tune-checkpoint.safetensors"
+LOG = "log.jsonl"
 TERMS = ("ce", "kl", "reuse", "smooth", "lag", "window")
+SCHEDULES = ("constant", "linear", "cosine")
+"""Learning rates after the warm-up: the full one to the end, or down to 0 at the last step."""
+_MAX_KEPT_LOGITS = 1 << 30
+"""Most bytes of the base's predictions on held-out text that are kept from one look to the next."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class TuneConfig:
         the next token, in nats. None: no guard.
     patience
         Looks in a row that break a guard before the run ends early.
+    schedule
+        What the rate does after its warm-up: one of `SCHEDULES`. The paper names none but the warm-up.
     """
 
     steps: int = 2000
@@ -69,6 +78,7 @@ class TuneConfig:
     max_ppl_increase: float | None = 0.01
     max_kl: float | None = None
     patience: int = 4
+    schedule: str = "constant"
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,8 @@ def tune(
         state.checks.append(run.check(0))
         state.keep(run, config)
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(folder / "log.jsonl", "a", encoding="utf-8")) if folder else None
+        logs = folder is not None and accelerator.is_main_process
+        log = stack.enter_context(open(folder / LOG, "a", encoding="utf-8")) if folder and logs else None
         first = state.step
         while state.step < config.steps and state.stopped is None:
             row = run.step(state.step)
@@ -181,6 +192,18 @@ def _progress_text(row: dict[str, Any], state: _State) -> str:
         f"step {row['step']}: loss {row['loss']:.3f}, reuse {row['reuse_rate']:.1%} "
         f"(kept: {best.reuse_rate / max(base, 1e-9) - 1:+.1%})"
     )
+
+
+def rate_at(step: int, config: TuneConfig) -> float:
+    """Part of the learning rate that optimiser step `step`, from 0, uses."""
+    if step < config.warm_up:
+        return (step + 1) / config.warm_up
+    left = 1 - (step - config.warm_up) / max(1, config.steps - config.warm_up)
+    if config.schedule == "linear":
+        return left
+    if config.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * left))
+    return 1.0
 
 
 @dataclass
@@ -236,11 +259,17 @@ class _Run:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         moe.model.eval()
+        for module in moe.model.modules():
+            # Layers save memory in training mode only; what is inside them stays as it is, without dropout and jitter.
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = True
         self.reference = {name: p.detach().clone() for name, p in self.parameters.items()}
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-        placed = getattr(moe.model, "hf_device_map", None) is not None
+        # Offloaded weights are empty where they stand, and cannot be moved.
+        placed = hasattr(moe.model, "hf_device_map") or any(p.is_meta for p in moe.model.parameters())
         self.model, self.optimizer = accelerator.prepare(moe.model, optimizer, device_placement=[not placed, True])
-        self.base_logits: list[Tensor] = []
+        self._orders: dict[int, Tensor] = {}
+        self._base_logs: dict[int, Tensor] = {}
 
     @property
     def digest(self) -> str:
@@ -253,7 +282,7 @@ class _Run:
     def step(self, step: int) -> dict[str, Any]:
         """One optimiser step; the line of the log."""
         config, begin = self.config, time.monotonic()
-        rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warm_up))
+        rate = config.learning_rate * rate_at(step, config)
         rising = min(1.0, (step + 1) / max(1, config.local_warm_up))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -270,6 +299,8 @@ class _Run:
                 totals[name] += float(value.detach()) / len(batches)
             totals["loss"] += float(loss.detach())
             totals["reuse_rate"] += reuse / len(batches)
+        # Of all processes, so that they agree on what the log says and on whether to go on.
+        totals = dict(zip(totals, self._mean(list(totals.values())), strict=True))
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip)
         if math.isfinite(totals["loss"]):
             self.optimizer.step()
@@ -283,23 +314,41 @@ class _Run:
             "seconds": time.monotonic() - begin,
         }
 
+    def _mean(self, values: list[float]) -> list[float]:
+        """Of the same figures of all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        mine = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        reduced: Tensor = self.accelerator.reduce(mine, "mean")
+        return reduced.tolist()
+
     def _batches(self, step: int) -> Iterator[Any]:
         """Rows of the training set for this process: every step goes on where the last one ended, epoch by epoch."""
         config, world = self.config, self.accelerator.num_processes
         size = config.micro_batch * world
         for index in range(config.accumulation):
             first = (step * config.accumulation + index) * size
-            order = []
-            for position in range(first, first + size):
-                epoch, place = divmod(position, len(self.train))
-                generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-                order.append(int(torch.randperm(len(self.train), generator=generator)[place]))
+            places = (divmod(position, len(self.train)) for position in range(first, first + size))
+            order = [int(self._order(epoch)[place]) for epoch, place in places]
             yield order[self.accelerator.process_index :: world]
+
+    def _order(self, epoch: int) -> Tensor:
+        """All rows of the training set, shuffled by seed and epoch."""
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
+            self._orders = {epoch: torch.randperm(len(self.train), generator=generator)}
+        return self._orders[epoch]
 
     def _forward(self, ids: Tensor) -> Tensor:
         kind = self.accelerator.device.type
-        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None), _clear_memory_errors(self.config):
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        with (
+            torch.autocast(kind, self.autocast, enabled=self.autocast is not None),
+            _clear_memory_errors(self.config),
+            # A second pass that ends early would leave experts that it fetched from host memory on the accelerator.
+            set_checkpoint_early_stop(False),
+        ):
+            model = self.model if torch.is_grad_enabled() else self.moe.model
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
         return logits
 
     def _terms(self, rows: list[int]) -> tuple[dict[str, Tensor], float]:
@@ -317,8 +366,10 @@ class _Run:
             probs, chosen = routing.probs.view(shape), routing.ids.view(shape)
             reuse += reuse_rate(chosen) / len(routings)
             if weights.kl:
-                old = [self.reference[name].to(routing.hidden.device) for name in router.parameters]
-                parts["kl"].append(trust_loss(routing.logits, F.linear(routing.hidden, *old)))
+                with torch.no_grad():
+                    old = [self.reference[name].to(routing.hidden.device) for name in router.parameters]
+                    reference = F.linear(routing.hidden, *old)
+                parts["kl"].append(trust_loss(routing.logits, reference))
             if weights.reuse:
                 parts["reuse"].append(reuse_loss(probs, chosen))
             if weights.smooth:
@@ -346,11 +397,13 @@ class _Run:
 
     @torch.no_grad()
     def check(self, step: int) -> Check:
-        """Figures on held-out text, beside those of the base router on the same tokens."""
+        """Figures on held-out text, beside those of the base router on the same tokens; processes share the rows."""
         entropy, divergence, reuse, count = 0.0, 0.0, 0.0, 0
-        for start in range(0, len(self.held_out), self.config.micro_batch):
+        size, processes = self.config.micro_batch, self.accelerator.num_processes
+        for start in range(self.accelerator.process_index * size, len(self.held_out), size * processes):
             ids = torch.from_numpy(self.held_out.ids[start : start + self.config.micro_batch])
             ids = ids.to(self.accelerator.device)
+            # Not through the wrapper of several processes: some may have a row less than others.
             with record(self.moe) as routings:
                 logits = self._forward(ids[:, :-1])
             logs = logits.float().log_softmax(-1)
@@ -358,13 +411,25 @@ class _Run:
             chosen = [routing.ids.view(len(ids), ids.shape[1] - 1, -1) for routing in routings]
             reuse += sum(map(reuse_rate, chosen)) / len(chosen) * len(ids)
             if step > 0:
-                tuned = {name: p.detach().clone() for name, p in self.parameters.items()}
-                self.load(self.reference)
-                base = self._forward(ids[:, :-1]).float().log_softmax(-1)
-                self.load(tuned)
+                base = self._base(start, ids)
                 divergence += float((base.exp() * (base - logs)).sum())
             count += ids[:, 1:].numel()
-        return Check(step, math.exp(entropy / count), divergence / count, reuse / len(self.held_out))
+        entropy, divergence, reuse, count_mean = self._mean([entropy, divergence, reuse, float(count)])
+        # An exponent too large for a float is as bad as one that is not a number.
+        ppl = math.exp(entropy / count_mean) if entropy / count_mean < 700 else math.inf
+        return Check(step, ppl, divergence / count_mean, reuse * processes / len(self.held_out))
+
+    def _base(self, start: int, ids: Tensor) -> Tensor:
+        """Log probabilities of the base on the held-out rows from `start` on."""
+        if start in self._base_logs:
+            return self._base_logs[start].to(ids.device)
+        tuned = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.load(self.reference)
+        logs = self._forward(ids[:, :-1]).float().log_softmax(-1)
+        self.load(tuned)
+        if logs.nbytes * len(self.held_out) <= _MAX_KEPT_LOGITS * len(ids) * self.accelerator.num_processes:
+            self._base_logs[start] = logs.cpu()
+        return logs
 
     @torch.no_grad()
     def load(self, router: dict[str, Tensor]) -> None:
@@ -386,20 +451,35 @@ class _Run:
             "checks": [asdict(check) for check in state.checks],
         }
         with atomic_output(folder / CHECKPOINT, force=True) as temporary:
-            save_file({n: t.contiguous().clone() for n, t in tensors.items()}, temporary, {"state": json.dumps(said)})
+            try:
+                save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, {"state": json.dumps(said)})
+            except SafetensorError as error:
+                raise RemoeError(
+                    f"{folder / CHECKPOINT}: cannot be written: {error}; the last checkpoint is whole, so make room "
+                    "and run the same command again"
+                ) from error
 
     def restore(self, folder: Path) -> _State:
         """Go on from a checkpoint, if there is one of the same run."""
         path = folder / CHECKPOINT
+        found = [float(path.exists())]
+        if self._mean(found) != found:
+            raise RemoeError(f"{folder}: some machines see a checkpoint there, others do not; --work must be shared")
         if not path.exists():
+            if self.accelerator.is_main_process:
+                # Of a run that was killed before its first checkpoint.
+                (folder / LOG).unlink(missing_ok=True)
             return _State()
-        with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get("state", "{}"))
+        try:
+            with safe_open(path, "pt") as file:
+                said = json.loads((file.metadata() or {}).get("state", "{}"))
+            tensors = load_file(path)
+        except (SafetensorError, ValueError) as error:
+            raise RemoeError(f"{path}: is damaged ({error}); remove {folder} to begin again") from error
         if said.get("run") != self.digest:
             raise RemoeError(
                 f"{folder}: holds a run with other settings, data or model; give another folder, or remove it"
             )
-        tensors = load_file(path)
         self.load({name: tensors[f"router.{name}"] for name in self.parameters})
         optimizer = self.optimizer.state_dict()
         for name, tensor in tensors.items():
@@ -410,10 +490,11 @@ class _Run:
         best = {name: tensors[f"best.{name}"] for name in self.parameters}
         checks = [Check(**check) for check in said["checks"]]
         # Lines of steps after the checkpoint are made again.
-        log = folder / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        with atomic_output(log, force=True) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines[: said["step"]]), encoding="utf-8")
+        if self.accelerator.is_main_process:
+            log = folder / LOG
+            lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+            with atomic_output(log, force=True) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines[: said["step"]]), encoding="utf-8")
         return _State(said["step"], checks, best, said["best_step"], said["broken"], said["stopped"])
 
 
@@ -432,11 +513,27 @@ def _frozen_hash(moe: MoE) -> str:
     """sha256 over every parameter and buffer that is no router's."""
     own = {id(parameter) for parameter in moe.router_parameters().values()}
     digest = hashlib.sha256()
-    for name, tensor in sorted([*moe.model.named_parameters(), *moe.model.named_buffers()]):
-        if id(tensor) not in own and tensor.device.type != "meta":
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for place, module in sorted(moe.model.named_modules(), key=lambda named: named[0]):
+        with _fetched(module):
+            named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in named:
+                if id(tensor) not in own:
+                    digest.update(f"{place}.{name}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _fetched(module: Any) -> Iterator[None]:
+    """Weights that accelerate keeps elsewhere are in the module only while it computes; or here."""
+    if not any(tensor.is_meta for tensor in module.parameters(recurse=False)):
+        yield
+        return
+    module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        module._hf_hook.post_forward(module, None)
 
 
 def _hash_equal(moe: MoE, before: str) -> str:
