@@ -163,6 +163,12 @@ def test_stock_llama_server_has_no_cache() -> None:
     assert (frame.tokens_per_s, frame.hit_rate, frame.layer_hit_rate, frame.budget_bytes) == (4.0, None, (), None)
 
 
+def test_storage_that_fails_is_told() -> None:
+    failing = "# TYPE remoe_expert_cache_storage_failing gauge\nremoe_expert_cache_storage_failing {}\n"
+    states = [server_frame([parse(metrics(1) + failing.format(bad), 0.0, "s")] * 2, "s").state for bad in (0, 1)]
+    assert states == ["1 request, 2 waiting", "1 request, 2 waiting, cannot read its experts"]
+
+
 def test_rates_are_of_the_last_seconds() -> None:
     times = iter(range(100))
     more = watch(lambda: parse(metrics(1), float(next(times)), "s"), 10.0)

@@ -139,7 +139,8 @@ def server_frame(scrapes: Sequence[Scrape], source: str) -> Frame:
     requests = last.total("llamacpp:requests_processing")
     return Frame(
         source=source,
-        state=_state(requests, last.total("llamacpp:requests_deferred")),
+        state=_state(requests, last.total("llamacpp:requests_deferred"))
+        + (", cannot read its experts" if last.total(f"{_CACHE}storage_failing") else ""),
         tpot_ms=tpot,
         ttft_ms=mean_ms("remoe_ttft_seconds"),
         # llama.cpp counts the tokens of an answer when it ends; until then it tells its mean speed.
