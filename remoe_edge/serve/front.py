@@ -56,7 +56,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _KEEP_ALIVE_S = 20.0
 """Also for the headers of a request to arrive, and for a connection that sends nothing."""
 
-_STREAM = "remoe_edge.stream"
+_STREAM = web.RequestKey("stream", web.StreamResponse)
 """Where a request keeps its answer once the status has been sent."""
 
 _FORWARDED = ("Content-Type", "Accept", "X-Conversation-Id")
