@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -193,11 +194,12 @@ def command(
     _say(_plan_text(plan))
 
     def ready(state: Ready) -> None:
+        loading.close()
         if as_json:
             click.echo(json.dumps({"plan": plan.fields(), **asdict(state)}))
         _say(_ready_text(state, bool(keys)))
 
-    with stderr_progress() as report:
+    with ExitStack() as loading:
         server = Server(
             plan,
             runtime,
@@ -208,7 +210,7 @@ def command(
             on_ready=ready,
             say=_say,
             log=lambda level, line: _say(f"{level} {line}") if verbose else None,
-            report=report,
+            report=loading.enter_context(stderr_progress()),
         )
         number = server.run()
     ctx.exit(128 + number)

@@ -97,6 +97,10 @@ class _RefusalError(Exception):
         return web.Response(status=self.status, body=self.body(), content_type="application/json", headers=headers)
 
 
+class _ClientGoneError(Exception):
+    """Nobody takes the answer."""
+
+
 class Front:
     """The HTTP server in front of one model process. `loopback` tells that it listens on this machine only."""
 
@@ -154,6 +158,8 @@ class Front:
             response = refusal.response()
         except asyncio.TimeoutError:
             response = request.get(_STREAM) or self._too_long().response()
+        except _ClientGoneError:
+            response = request[_STREAM]
         self._answers[response.status] += 1
         return response
 
@@ -301,7 +307,7 @@ class Front:
         except asyncio.CancelledError:
             # The time is up, or the client has gone; only the first can still be told.
             if response is not None:
-                with suppress(OSError, RuntimeError):
+                with suppress(_ClientGoneError, RuntimeError):
                     await self._end_stream(request, response, self._too_long())
             raise
         with suppress(OSError):
@@ -311,11 +317,11 @@ class Front:
     async def _send(self, request: web.BaseRequest, response: web.StreamResponse, chunk: bytes) -> None:
         try:
             await asyncio.wait_for(response.write(chunk), self._limits.client_s)
-        except asyncio.TimeoutError:
-            # It does not read what it asked for.
+        except (asyncio.TimeoutError, OSError):
+            # It has left, or does not read what it asked for.
             if request.transport is not None:
                 request.transport.abort()
-            raise ConnectionResetError from None
+            raise _ClientGoneError from None
 
     async def _end_stream(self, request: web.BaseRequest, response: web.StreamResponse, refusal: _RefusalError) -> None:
         """The status has been sent: what went wrong follows as an event, as llama-server does it."""

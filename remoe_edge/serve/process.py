@@ -63,6 +63,7 @@ class ModelProcess:
         self._group = group
         self._log = log
         self._lines: deque[tuple[str, str]] = deque(maxlen=_LINES_KEPT)
+        self._oom_kills = 0
         self._stopping = asyncio.Event()
         self._changed: list[Callable[[ModelProcess], None]] = []
 
@@ -162,7 +163,9 @@ class ModelProcess:
             self._log(level, text)
 
     def _why(self, status: int) -> str:
-        if self._group and self._group.oom_kills():
+        kills = self._group.oom_kills() if self._group else 0
+        more, self._oom_kills = kills > self._oom_kills, kills
+        if more:
             return "the kernel killed it because it took more memory than --memory; raise it, or lower --ctx or --slots"
         if status < 0:
             name = signal.Signals(-status).name
