@@ -17,7 +17,8 @@ PATCHES = Path(__file__).parent.parent / "patches"
 PARTS = {
     "ggml-cpu-expert-source.patch": ["ggml"],
     "llama-expert-cache.patch": ["src", "include"],
-    "tools-expert-flags.patch": ["common", "tools"],
+    "tools-expert-flags.patch": ["common", "tools/llama-bench"],
+    "tools-server-expert.patch": ["tools/server"],
 }
 
 

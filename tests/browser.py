@@ -61,13 +61,17 @@ class Page:
 
     def show(self, path: Path, *, width: int, dark: bool = False) -> None:
         """Open a file in a window of this width, in CSS pixels."""
+        self.open(path.absolute().as_uri(), width=width, dark=dark)
+
+    def open(self, url: str, *, width: int, dark: bool = False) -> None:
+        """The same for an address."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=2, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self._loaded = False
-        self.call("Page.navigate", url=path.absolute().as_uri())
+        self.call("Page.navigate", url=url)
         while not self._loaded:
             self._next()
 

@@ -48,6 +48,7 @@ _TARGETS = (
     "llama-bench",
     "llama-cli",
     "llama-completion",
+    "llama-fit-params",
     "llama-gguf-split",
     "llama-perplexity",
     "llama-quantize",

@@ -1,0 +1,318 @@
+"""What a server will take of the machine: context, slots, threads, and who gets how much of the memory.
+
+Sizes of KV cache and compute buffers are those that llama.cpp itself gives for this model (`llama-fit-params`), so they
+hold for every architecture; weights are counted in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from remoe_edge.errors import RemoeError
+from remoe_edge.gguf_io.layout import Layout, read_model
+from remoe_edge.measure.worker import process_memory
+from remoe_edge.runtime.build import Runtime
+from remoe_edge.runtime.llama import CacheConfig, default_threads
+from remoe_edge.sizes import format_size, parse_size
+
+_MIB = 1 << 20
+_CONTEXTS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
+"""Contexts to choose from, in tokens of each slot; a model's own limit is tried as well."""
+
+_CONTEXT_SHARE = 4
+"""A chosen context takes at most this part of the memory that weights leave: the rest holds experts."""
+
+_BYTES_PER_TOKEN = 32
+"""A request with more bytes of text than this per token of its context cannot fit into it."""
+
+_LEAST_REQUEST = _MIB
+REQUESTS_AT_ONCE = 2
+"""Bodies of this many largest requests may be here at a time; most are far smaller."""
+_REQUEST_COPIES = 6
+"""How often a request lies in memory while it is parsed: bytes, text, JSON, prompt, tokens."""
+
+_PROCESS = 48 * _MIB
+_FRONT_MARGIN = 24 * _MIB
+_CACHE_METADATA = 500
+"""The expert cache takes one part in so many of its slots for itself, and `_CACHE_STAGING` at most."""
+_CACHE_STAGING = 4 * _MIB
+
+_TOOL_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None leaves the choice to `make_plan`.
+
+    Attributes
+    ----------
+    ctx
+        Tokens of each slot.
+    memory
+        Bytes that everything together may take.
+    prompt_cache
+        Bytes for the states of prompts that have lost their slot.
+    queue
+        Requests that may wait for a slot.
+    max_request
+        Largest body of a request, in bytes.
+    """
+
+    model: Path
+    cache: CacheConfig | None = None
+    slots: int = 2
+    ctx: int | None = None
+    threads: int | None = None
+    memory: int | None = None
+    prompt_cache: int = 0
+    queue: int = 16
+    max_request: int | None = None
+    embeddings: bool = False
+    alias: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided. Sizes in bytes.
+
+    Attributes
+    ----------
+    ctx, n_ctx_train
+        Tokens of each slot, and those the model was trained on.
+    cache
+        Budget "off" for a model without experts.
+    budget
+        Of the expert cache; None if the runtime finds it at start (`cache.budget` tells how) or there is none.
+    weights
+        Kept in memory: all but the experts, if there is a cache.
+    kv_cache, compute
+        As llama.cpp counts them.
+    process, front
+        What the model process takes beside that, requests being parsed included; and this one, with a margin.
+    expert_bytes
+        Of all experts in the file.
+    """
+
+    model: Path
+    alias: str
+    slots: int
+    ctx: int
+    n_ctx_train: int
+    threads: int
+    queue: int
+    max_request: int
+    embeddings: bool
+    cache: CacheConfig
+    memory: int | None
+    budget: int | None
+    weights: int
+    kv_cache: int
+    compute: int
+    prompt_cache: int
+    process: int
+    front: int
+    expert_bytes: int
+
+    @property
+    def fixed(self) -> int:
+        """All but the expert cache."""
+        return self.weights + self.kv_cache + self.compute + self.prompt_cache + self.process + self.front
+
+    @property
+    def model_memory(self) -> int | None:
+        """What of `memory` the model process may take; None without a limit."""
+        return None if self.memory is None else self.memory - self.front
+
+    def command(self, program: Path, socket: Path) -> list[str]:
+        """The model process, listening on a Unix socket."""
+        cache = {
+            "--expert-cache": self.cache.budget if self.budget is None else str(self.budget),
+            "--expert-cache-policy": self.cache.policy,
+            "--expert-cache-io": self.cache.io,
+            "--expert-cache-threads": self.cache.threads,
+            "--expert-prefetch": self.cache.prefetch,
+            "--expert-cache-repack": self.cache.repack,
+        }
+        flags = {
+            "--model": self.model,
+            "--alias": self.alias,
+            "--host": socket,
+            "--parallel": self.slots,
+            "--ctx-size": self.ctx * self.slots,
+            "--threads": self.threads,
+            "--cache-ram": -(-self.prompt_cache // _MIB),
+            # A request holds a thread from its arrival to its end; a few more answer health and metrics meanwhile.
+            "--threads-http": self.slots + self.queue + 4,
+            **(cache if self.cache.enabled else {}),
+        }
+        command = [str(program)]
+        for flag, value in flags.items():
+            if value is not None:
+                command += [flag, str(value)]
+        # The plan is ours: no fitting by llama.cpp. Contexts are apart, so that one client cannot fill another's.
+        command += ["--no-kv-unified", "--fit", "off", "--no-ui", "--metrics", "--no-slots", "--no-log-timestamps"]
+        if self.embeddings:
+            command.append("--embeddings")
+        return command
+
+    def fields(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "model": str(self.model), "fixed": self.fixed}
+
+
+def make_plan(options: Options, runtime: Runtime) -> Plan:
+    """Decide. Raises RemoeError with the numbers if the memory cannot be enough, or the model cannot be read."""
+    layouts = read_model(options.model)
+    model = _Model(layouts)
+    cache = options.cache or CacheConfig("auto" if model.experts else "off")
+    if cache.enabled and not model.experts:
+        raise RemoeError(f"{options.model}: the model has no experts to cache; leave out --expert-cache")
+    ctx_limit = model.n_ctx_train
+    if options.ctx and options.ctx > ctx_limit:
+        raise RemoeError(f"{options.model}: was trained on contexts of {ctx_limit} tokens; lower --ctx {options.ctx}")
+
+    def draft(ctx: int) -> Plan:
+        kv_cache, compute = _context_memory(runtime, options, ctx)
+        max_request = options.max_request or max(_LEAST_REQUEST, _BYTES_PER_TOKEN * ctx)
+        return Plan(
+            model=options.model,
+            alias=options.alias or options.model.stem,
+            slots=options.slots,
+            ctx=ctx,
+            n_ctx_train=model.n_ctx_train,
+            threads=options.threads or default_threads(),
+            queue=options.queue,
+            max_request=max_request,
+            embeddings=options.embeddings,
+            cache=cache,
+            memory=options.memory,
+            budget=None,
+            weights=model.dense if cache.enabled else model.dense + model.experts,
+            kv_cache=kv_cache,
+            compute=compute,
+            prompt_cache=options.prompt_cache,
+            process=_PROCESS + _REQUEST_COPIES * REQUESTS_AT_ONCE * max_request,
+            front=process_memory(os.getpid()) + _FRONT_MARGIN + 2 * REQUESTS_AT_ONCE * max_request,
+            expert_bytes=model.experts,
+        )
+
+    floor = model.floor(cache) if cache.enabled else 0
+    memory = options.memory or _available_memory()
+    plan = draft(options.ctx) if options.ctx else _largest_context(draft, ctx_limit, memory, floor)
+    if options.memory is None:
+        return plan
+    left = options.memory - plan.fixed
+    if left < floor:
+        raise RemoeError(_too_small(plan, floor))
+    if not cache.enabled:
+        return plan
+    if cache.budget == "auto":
+        most = model.experts + model.experts // _CACHE_METADATA + _CACHE_STAGING
+        return replace(plan, budget=min(left, most))
+    asked = model.budget(cache.budget)
+    if asked > left:
+        raise RemoeError(
+            f"the expert cache of {cache.budget} takes {format_size(asked)}, but --memory "
+            f"{format_size(options.memory)} leaves {format_size(left)} for it ({_parts(plan)}); "
+            "lower --expert-cache, --ctx or --slots, or raise --memory"
+        )
+    return plan
+
+
+def _largest_context(draft: Callable[[int], Plan], limit: int, memory: int, floor: int) -> Plan:
+    choices = sorted({limit, *(ctx for ctx in _CONTEXTS if ctx < limit)}, reverse=True)
+    if limit > _CONTEXTS[0]:
+        choices.remove(limit)
+    for ctx in choices:
+        plan = draft(ctx)
+        context = plan.kv_cache + plan.compute
+        rest = memory - (plan.fixed - context)
+        if context <= max(0, rest) // _CONTEXT_SHARE and rest - context >= floor:
+            return plan
+    return plan
+
+
+def _too_small(plan: Plan, floor: int) -> str:
+    assert plan.memory is not None
+    needed = plan.fixed + floor
+    least = f" and at least {format_size(floor)} of expert cache" if floor else ""
+    return (
+        f"--memory {format_size(plan.memory)} is not enough for {plan.model.name} with {plan.slots} slots of "
+        f"{plan.ctx} tokens, which take {format_size(needed)}: {_parts(plan)}{least}; raise --memory, or lower --ctx, "
+        "--slots or --max-request"
+    )
+
+
+def _parts(plan: Plan) -> str:
+    return ", ".join(f"{name} {format_size(size)}" for name, size in parts(plan).items())
+
+
+def parts(plan: Plan) -> dict[str, int]:
+    """The fixed parts of the memory by name, without those that take nothing."""
+    named = {
+        "weights": plan.weights,
+        "KV cache": plan.kv_cache,
+        "compute": plan.compute,
+        "prompt cache": plan.prompt_cache,
+        "process": plan.process,
+        "front": plan.front,
+    }
+    return {name: size for name, size in named.items() if size}
+
+
+class _Model:
+    """What the plan needs to know of a GGUF."""
+
+    def __init__(self, layouts: list[Layout]) -> None:
+        first = layouts[0]
+        architecture = first.text("general.architecture") or "?"
+        tensors = [tensor for layout in layouts for tensor in layout.tensors.values()]
+        self._used = first.integer(f"{architecture}.expert_used_count") or 0
+        self._slices = [tensor.slice_bytes for tensor in tensors if tensor.experts]
+        self._counts = [tensor.experts for tensor in tensors if tensor.experts]
+        self.experts = sum(tensor.nbytes for tensor in tensors if tensor.experts)
+        self.dense = sum(tensor.nbytes for tensor in tensors if not tensor.experts)
+        named = {tensor.name: tensor for tensor in tensors}
+        if "output.weight" not in named and "token_embd.weight" in named:
+            # Tied: the output may be kept a second time, rearranged for this CPU's kernels.
+            self.dense += named["token_embd.weight"].nbytes
+        self.n_ctx_train = first.integer(f"{architecture}.context_length") or _CONTEXTS[-1]
+
+    def budget(self, text: str) -> int:
+        """Bytes of a budget as `--expert-cache` takes it, "auto" excepted."""
+        slots = re.fullmatch(r"(\d+)s", text)
+        return self._bytes_for(int(slots[1])) if slots else parse_size(text)
+
+    def floor(self, cache: CacheConfig) -> int:
+        """About the least budget that can work: the runtime has the last word."""
+        return self._bytes_for(self._used) if cache.budget == "auto" else self.budget(cache.budget)
+
+    def _bytes_for(self, slots: int) -> int:
+        data = sum(size * min(slots, count) for size, count in zip(self._slices, self._counts, strict=True))
+        return data + data // _CACHE_METADATA
+
+
+def _context_memory(runtime: Runtime, options: Options, ctx: int) -> tuple[int, int]:
+    """Bytes of KV cache and of compute buffers, rounded up to MiB."""
+    command = [str(runtime.bin_dir / "llama-fit-params"), "--model", str(options.model), "--fit-print", "on"]
+    command += ["--parallel", str(options.slots), "--ctx-size", str(ctx * options.slots)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TOOL_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise RemoeError(f"{options.model}: llama-fit-params did not end within {_TOOL_TIMEOUT_S} s") from error
+    found = re.search(r"^Host (\d+) (\d+) (\d+)", done.stdout, re.MULTILINE)
+    if done.returncode or not found:
+        said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
+        raise RemoeError(f"{options.model}: {said[0].strip() if said else 'the model could not be loaded'}")
+    return (int(found[2]) + 1) * _MIB, (int(found[3]) + 1) * _MIB
+
+
+def _available_memory() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
