@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,15 @@ def write_texts(text: Path, output: Path) -> None:
     play = (text / "tinyshakespeare.txt").read_text(encoding="utf-8")[:120_000]
     (output / "held-out" / "shakespeare.txt").write_text(play, encoding="utf-8")
     with gzip.GzipFile(output / "tune.jsonl.gz", "wb", 9, mtime=0) as file:
-        for name, part in MIXTURE.items():
-            # Held-out documents are the last ones: these are far from them.
-            for document in _take(domains[name].train, int(TUNE_BYTES * part)):
-                file.write(json.dumps({"text": document, "domain": name}).encode() + b"\n")
+        # Held-out documents are the last ones: these are far from them.
+        taken = [
+            {"text": document, "domain": name}
+            for name, part in MIXTURE.items()
+            for document in _take(domains[name].train, int(TUNE_BYTES * part))
+        ]
+        # The end of the file is what `tune` holds out for its guards: it has to be of all domains.
+        random.Random(0).shuffle(taken)
+        file.writelines(json.dumps(item).encode() + b"\n" for item in taken)
 
 
 def _take(documents: list[str], size: int) -> list[str]:
@@ -152,9 +158,10 @@ def model_card(card: dict[str, Any]) -> str:
     return f"""# The demo model
 
 A fine-grained Mixture-of-Experts language model of {card["parameters"] / 1e6:.1f} M parameters,
-trained from scratch on a CPU: architecture olmoe, hidden size 192, 8 layers of 32 experts (size 64), 4 of them per token,
-vocabulary 4096 (its own byte-level BPE), context 2048, trained on sequences of 256 and at the end 512 tokens. It writes simple stories, and
-something like encyclopedia articles, sums and programs; it knows nothing and is for showing and testing this project.
+trained from scratch on a CPU: architecture olmoe, hidden size 192, 8 layers of 32 experts (size 64), 4 of them per
+token, vocabulary 4096 (its own byte-level BPE), context 2048, trained on sequences of 256 and at the end 512 tokens. It
+writes simple stories, and something like encyclopedia articles, sums and programs; it knows nothing and is for showing
+and testing this project.
 
 | file | what |
 |---|---|
