@@ -15,6 +15,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
+
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import atomic_output, refuse_existing, scratch_file
 from remoe_edge.gguf_io.convert import convert
@@ -227,7 +229,7 @@ def from_hf(
     report("Looking for llama.cpp's converter", None)
     llama_cpp = vendored_converter(load_pin(patches_dir()))
     quantizer = ensure_runtime(report=report).bin_dir / "llama-quantize" if plan.intermediate else None
-    more = router is not None or alignment is not None
+    more = router is not None or alignment not in (None, GGUF_DEFAULT_ALIGNMENT)
     with ExitStack() as files:
         target = files.enter_context(scratch_file(output) if more else atomic_output(output, force=force))
         if quantizer is None:

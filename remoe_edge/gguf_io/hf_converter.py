@@ -1,10 +1,12 @@
-"""A program: llama.cpp's own converter, ``convert_hf_to_gguf.py``, with two changes to what it does with tokenizers.
+"""A program: llama.cpp's own converter, ``convert_hf_to_gguf.py``, with three changes.
 
 ``python -m remoe_edge.gguf_io.hf_converter LLAMA_CPP ARGUMENTS...`` runs the one in the folder LLAMA_CPP.
 
 - It knows a tokenizer by the hash of what it makes of one text, so it refuses one that was trained anew, though only
   how text is split before the merges has to be known. That is read from ``tokenizer.json`` here.
 - It lets tokenizers run code that lies in the model's folder. Here they never do.
+- The router of ``deepseek_v3`` in transformers is a sigmoid whatever the config says, so transformers writes none into
+  configs of its own; llama.cpp then takes softmax, and routes otherwise without a word.
 
 Nothing is fetched: the program is started with the hub switched off.
 """
@@ -60,7 +62,8 @@ def _change_tokenizers() -> None:
     import transformers
     from conversion.base import TextModel
 
-    load = transformers.AutoTokenizer.from_pretrained
+    tokenizers: Any = transformers.AutoTokenizer
+    load = tokenizers.from_pretrained
 
     def load_without_code(*arguments: Any, **options: Any) -> Any:
         return load(*arguments, **{**options, "trust_remote_code": False})
@@ -92,9 +95,23 @@ def _change_tokenizers() -> None:
             raise FileNotFoundError("tokenizer.model")
         return sentencepiece_vocabulary(self)
 
-    transformers.AutoTokenizer.from_pretrained = load_without_code
+    tokenizers.from_pretrained = load_without_code
     TextModel.get_vocab_base_pre = name_or_read
     TextModel._create_vocab_sentencepiece = look_before_import
+
+
+def _change_config() -> None:
+    from conversion.base import ModelBase
+
+    load = ModelBase.load_hparams
+
+    def load_with_sigmoid(*arguments: Any, **options: Any) -> Any:
+        config = load(*arguments, **options)
+        if config.get("model_type") == "deepseek_v3":
+            config.setdefault("scoring_func", "sigmoid")
+        return config
+
+    ModelBase.load_hparams = staticmethod(load_with_sigmoid)
 
 
 def main() -> None:
@@ -105,6 +122,7 @@ def main() -> None:
     sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
     sys.argv = [script, *sys.argv[2:]]
     _change_tokenizers()
+    _change_config()
     runpy.run_path(script, run_name="__main__")
 
 
