@@ -15,7 +15,7 @@ from tiny_models import DENSE_ARCHITECTURE, write_tiny_model
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.runtime.build import ensure_runtime
-from remoe_edge.runtime.llama import RuntimeReadError
+from remoe_edge.runtime.llama import Model, RuntimeReadError
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -139,6 +139,18 @@ class TestWithRuntime:
         with llama(write_tiny_model(tmp_path / "dense.gguf", DENSE_ARCHITECTURE)) as llm:
             assert llm.cache_info() is None
             assert llm("w00000", max_tokens=2)["usage"]["completion_tokens"] > 0
+
+    def test_libraries_that_import_llama_cpp_themselves_get_the_cache_by_overrides(self, twin: Path) -> None:
+        from llama_cpp import Llama
+
+        # As langchain_community's ChatLlamaCpp calls it, with what it takes as model_kwargs.
+        overrides = {"expert_cache.budget": "4s"}
+        llm = Llama(str(twin), n_ctx=256, n_parts=-1, f16_kv=True, verbose=False, kv_overrides=overrides)
+        info = Model(twin, llm._model.model, repack=True).info()
+        assert info is not None
+        assert info.n_slots == 4
+        assert llm("w00000", max_tokens=2, temperature=0)["choices"][0]["text"] == "w00001w00002"
+        llm.close()
 
     def test_embeddings_are_the_same(self, model: Path) -> None:
         vectors = []
