@@ -37,7 +37,7 @@ format: .venv/.dev ## Bring all sources into style
 clean: ## Delete .venv and tool caches here (the runtime's cache: remoe-edge build --clean)
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
-CPP = $(shell find patches/sources -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP = remoe_edge/routing/native.cpp $(shell find patches/sources -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .venv/.base: pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[build]'

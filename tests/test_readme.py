@@ -47,6 +47,6 @@ def test_commands_work(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, (words, result.stderr)
         ran += 1
-    assert ran == 10
+    assert ran == 11
     assert (tmp_path / "tuned.gguf").exists()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8

@@ -2,18 +2,23 @@ import json
 import random
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from small_twin import small_trace, write_small_twin
 
 from remoe_edge.commands.simulate import command
 from remoe_edge.errors import RemoeError
+from remoe_edge.gguf_io.layout import read_model
 from remoe_edge.routing.policies import POLICIES, Event, Layer
-from remoe_edge.routing.simulate import layer_events, replay_layer, simulate, simulate_layer
-from remoe_edge.routing.trace import NOT_COMPUTED, Trace, packaged_trace
+from remoe_edge.routing.simulate import CACHES, layer_events, miss_change, replay_layer, simulate, simulate_layer
+from remoe_edge.routing.trace import NOT_COMPUTED, Trace, packaged_trace, save_trace
+from remoe_edge.runtime.budget import cache_bytes, expert_groups
 from remoe_edge.runtime.llama import POLICIES as RUNTIME_POLICIES
 
 events_strategy = st.integers(1, 4).flatmap(
@@ -159,3 +164,114 @@ def test_victims_depend_on_the_past_only(policy: str) -> None:
         for known in (events, events[:150])
     )
     assert whole[: len(part)] == part
+
+
+def run_json(*arguments: str) -> list[dict[str, Any]]:
+    result = CliRunner().invoke(command, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    rows: list[dict[str, Any]] = json.loads(result.stdout)
+    return rows
+
+
+def test_bytes_and_limits_follow_from_misses() -> None:
+    (row,) = run_json(
+        *("--slots", "16", "--policy", "lru", "--expert-bytes", "3MB", "--storage-bandwidth", "2GB/s"),
+        *("--resident-ms", "40"),
+    )
+    read = 15462 / 299 * 3e6
+    assert row["misses_per_token"] == pytest.approx(15462 / 299)
+    assert row["bytes_per_token"] == pytest.approx(read)
+    assert row["limit_ms"] == pytest.approx(read / 2e9 * 1e3)
+    assert row["no_overlap_ms"] == pytest.approx(40 + read / 2e9 * 1e3)
+    (slow,) = run_json(
+        *("--slots", "16", "--policy", "lru", "--expert-bytes", "3MB", "--storage-bandwidth", "2GB"),
+        *("--resident-ms", "500"),
+    )
+    assert slow["limit_ms"] == 500
+
+
+def test_a_budget_becomes_the_slots_of_the_runtime(tmp_path: Path) -> None:
+    model, trace = write_small_twin(tmp_path / "small.gguf"), tmp_path / "trace.npz"
+    save_trace(small_trace(), trace)
+    groups = expert_groups(read_model(model))
+    budget = cache_bytes(groups, 7, "lru") + 100
+    rows = run_json(str(trace), "--model", str(model), "--budget", str(budget), "--policy", "lru", "--slots", "4")
+    assert [row["slots"] for row in rows] == [4, 7]
+    assert rows[1]["budget_bytes"] == budget - 100
+    assert rows[1]["bytes_per_token"] == pytest.approx(rows[1]["misses_per_token"] * groups[0].expert_bytes)
+    result = CliRunner().invoke(command, [str(trace), "--model", str(model), "--budget", "1KiB"])
+    assert isinstance(result.exception, RemoeError)
+    assert "below the floor of" in str(result.exception)
+    result = CliRunner().invoke(command, ["--model", str(model)])
+    assert "has 16 layers with top 8 of 64 experts, but" in str(result.exception)
+
+
+def test_two_traces_are_compared(tmp_path: Path) -> None:
+    """Half of the tokens of the second trace repeat the one before: fewer misses, by how many is known."""
+    rng = np.random.default_rng(0)
+    ids = np.array([[rng.permutation(16)[:2]] for _ in range(400)], np.uint16)
+    again = ids.copy()
+    again[1::2] = again[::2]
+    offs = np.arange(0, 401, 50)
+    paths = []
+    for name, content in ("base", ids), ("tuned", again):
+        paths.append(tmp_path / f"{name}.npz")
+        save_trace(Trace(ids=content, offs=offs, meta={"experts": 16}), paths[-1])
+    rows = run_json(*map(str, paths), "--slots", "2", "--slots", "4", "--policy", "lru")
+    assert [(Path(row["trace"]).name, row["slots"]) for row in rows] == [
+        *(("base.npz", 2), ("base.npz", 4)),
+        *(("tuned.npz", 2), ("tuned.npz", 4)),
+    ]
+    for base, tuned in zip(rows[:2], rows[2:], strict=True):
+        assert base["misses_change"] is None
+        assert tuned["misses_change"] == pytest.approx((1 - tuned["hit_rate"]) / (1 - base["hit_rate"]) - 1)
+        low, high = tuned["misses_change_ci95"]
+        assert -0.6 < low < tuned["misses_change"] < high < -0.3
+    result = CliRunner().invoke(command, [*map(str, paths), "--slots", "4"])
+    assert "misses change" in result.stdout
+    # One sequence is no sample.
+    alone = Trace(ids=ids, offs=np.array([0, 400]), meta={"experts": 16})
+    pair = [simulate(each, 4, "lru") for each in (alone, replace(alone, ids=again))]
+    assert miss_change(*pair).ci95 is None
+
+
+def test_cold_caches_miss_more() -> None:
+    parts = replace(packaged_trace(), offs=np.array([0, 100, 200, 299]))
+    for policy in POLICIES:
+        warm, cold = (simulate(parts, 16, policy, cache=cache) for cache in CACHES)
+        assert cold.misses > warm.misses
+        assert cold.evictions == cold.misses - 3 * 16 * 16
+
+
+def test_layers_and_plot(tmp_path: Path) -> None:
+    plot = tmp_path / "misses.png"
+    arguments = ["--slots", "8", "--slots", "16", "--per-layer", "--plot", str(plot)]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    rows = run_json("--slots", "8", "--slots", "16")
+    table = result.stdout.partition("hit rate per layer")[2]
+    assert f"{rows[0]['layer_hit_rate'][15] * 100:.1f}" in table
+    mean = np.mean([row["layer_hit_rate"] for row in rows], axis=1)
+    assert mean == pytest.approx([row["hit_rate"] for row in rows])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    first = plot.read_bytes()
+    result = CliRunner().invoke(command, arguments)
+    assert "exists; pass --force" in str(result.exception)
+    timed = ["--expert-bytes", "1MB", "--storage-bandwidth", "1GB", "--resident-ms", "5", "--force"]
+    assert CliRunner().invoke(command, [*arguments, *timed]).exit_code == 0
+    assert plot.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget", "1GB"], "--budget needs the size of an expert"),
+        (["--resident-ms", "3"], "--resident-ms has no effect without --model"),
+        (["--expert-bytes", "1MB", "--resident-ms", "3"], "needs both --storage-bandwidth and --resident-ms"),
+        (["--force"], "--force has no effect without --plot"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags: list[str], message: str) -> None:
+    result = CliRunner().invoke(command, flags)
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from remoe_edge.device.disk import disk_of
 from remoe_edge.errors import RemoeError
-from remoe_edge.measure.plan import STEP, Plan, make_plan
+from remoe_edge.measure.plan import STEP, Option, Plan, make_plan
 from remoe_edge.progress import stderr_progress
 from remoe_edge.routing.trace import load_trace
 from remoe_edge.sizes import format_size, parse_size
@@ -177,7 +177,7 @@ def _table(plan: Plan) -> Table:
             "recommended" if here else "yes" if option.fits else "no",
             rate,
             f"{option.bytes_per_token / 1e6:.1f}",
-            f"{option.limit_ms:.1f} - {option.no_overlap_ms:.1f}",
+            _tpot(option),
             style="bold" if here else None,
         )
     return table
@@ -190,7 +190,12 @@ def _next_line(plan: Plan) -> str:
     if then.slots == now.slots:
         return f"The next {step} would buy nothing: they are less than one slot in every layer."
     return (
-        f"The next {step} would buy: {now.slots} -> {then.slots} slots, hits {now.hit_rate:.1%} -> "
-        f"{then.hit_rate:.1%}, {now.bytes_per_token / 1e6:.1f} -> {then.bytes_per_token / 1e6:.1f} MB per token, TPOT {now.limit_ms:.1f} - "
-        f"{now.no_overlap_ms:.1f} -> {then.limit_ms:.1f} - {then.no_overlap_ms:.1f} ms"
+        f"The next {step} would buy: {now.slots} -> {then.slots} slots, "
+        f"hits {now.hit_rate:.1%} -> {then.hit_rate:.1%}, "
+        f"{now.bytes_per_token / 1e6:.1f} -> {then.bytes_per_token / 1e6:.1f} MB per token, "
+        f"TPOT {_tpot(now)} -> {_tpot(then)} ms"
     )
+
+
+def _tpot(option: Option) -> str:
+    return f"{option.limit_ms:.1f} - {option.no_overlap_ms:.1f}"

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-_BYTES = 256 << 20
-_ROUNDS = 5
+_BYTES = 128 << 20
+_ROUNDS = 4
 
 
 def memory_bandwidth() -> float:

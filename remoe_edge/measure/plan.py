@@ -43,7 +43,7 @@ STEP = 512 << 20
 _MIB = 1 << 20
 _RESERVE = 128 << 20
 _RESIDENT_TOKENS = 17
-_SCRATCH_BYTES = 1 << 30
+_SCRATCH_BYTES = 512 << 20
 _PROMPT = "The harbour lies still in the morning."
 
 
@@ -278,9 +278,9 @@ def _refuse_too_little(model: Path, memory: Memory, groups: Sequence[ExpertGroup
     raise RemoeError(
         f"{model}: {format_size(memory.total)} of memory are {format_size(need - memory.cache)} too little: dense "
         f"weights take {format_size(memory.dense)}, the KV cache of {n_ctx} tokens {format_size(memory.kv)}, compute "
-        f"buffers about {format_size(memory.compute)}, {format_size(memory.reserve)} stay free, and the least expert cache, "
-        f"{least(groups)} slots in each of {len(groups)} layers, takes {format_size(need)}; use a smaller --ctx, a "
-        "smaller quantisation, or more memory"
+        f"buffers about {format_size(memory.compute)}, {format_size(memory.reserve)} stay free, and the least expert "
+        f"cache, {least(groups)} slots in each of {len(groups)} layers, takes {format_size(need)}; use a smaller "
+        "--ctx, a smaller quantisation, or more memory"
     )
 
 
@@ -351,7 +351,9 @@ def _measure_storage(path: Path | None, layouts: Sequence[Layout], report: Repor
     if not path.is_dir():
         raise RemoeError(f"{path}: is no file or folder; give one on the storage that is to be measured")
     state = os.statvfs(path)
-    size = min(_SCRATCH_BYTES, state.f_bavail * state.f_frsize // 2) // length * length
+    # As large as the model's experts, so that a small model needs no large file.
+    size = min(_SCRATCH_BYTES, max(sum(each.length for each in slices), 16 * READERS * length))
+    size = min(size, state.f_bavail * state.f_frsize // 2) // length * length
     if size < READERS * length:
         raise RemoeError(f"{path}: has too little free space to measure its storage; give a file there to read instead")
     with tempfile.NamedTemporaryFile(dir=path, prefix=".remoe-edge-") as scratch:

@@ -116,7 +116,7 @@ extern "C" int remoe_simulate_layer(const char * name, int n_expert, int n_used,
             }
             int n_hits = 0;
             for (int i = 0; i < n_used; i++) {
-                ranked[i] = event[i];
+                ranked[i]      = event[i];
                 last[event[i]] = token;
                 if (slot_of[event[i]] != -1) {
                     used[n_hits++] = event[i];
