@@ -18,7 +18,7 @@ from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import POLICIES, PREFETCHES, READ_MODES, CacheConfig
 from remoe_edge.serve.front import Limits, is_loopback, read_keys
-from remoe_edge.serve.plan import Options, Plan, make_plan, parts
+from remoe_edge.serve.plan import CHATML, Options, Plan, make_plan, parts
 from remoe_edge.serve.server import Address, Ready, Server
 from remoe_edge.sizes import format_size, parse_size
 
@@ -71,6 +71,12 @@ _KEY_VARIABLE = "LLAMA_API_KEY"
     help="Memory for prompts that have lost their slot, in whole MiB. What a slot holds is reused in any case.",
 )
 @click.option("--embeddings", is_flag=True, help="Serve embeddings; a model of whose kind that makes sense.")
+@click.option(
+    "--chat-template",
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Jinja template of a conversation. [default: the model's; ChatML with tools if it has none]",
+)
 @click.option("--alias", metavar="NAME", help="Name of the model in the API. [default: the file's]")
 @click.option(
     "--api-key-file",
@@ -128,6 +134,7 @@ def command(
     threads: int | None,
     prompt_cache: str,
     embeddings: bool,
+    chat_template: Path | None,
     alias: str | None,
     api_key_file: Path | None,
     max_request: str | None,
@@ -182,6 +189,7 @@ def command(
                 queue=queue,
                 max_request=parse_size(max_request) if max_request else None,
                 embeddings=embeddings,
+                chat_template=chat_template,
                 alias=alias,
             ),
             runtime,
@@ -244,6 +252,8 @@ def _plan_text(plan: Plan) -> str:
         lines[1] += f", expert cache {plan.cache.budget}"
         if plan.memory is not None:
             lines[1] += f": within {format_size(plan.memory)}"
+    if plan.chat_template == CHATML:
+        lines.append("the model has no chat template: conversations are put into ChatML, which it may not know")
     return "\n".join(lines)
 
 

@@ -188,6 +188,7 @@ class Front:
             return await self._forward(request, None)
         with self._body_room() as room:
             body = await self._body(request, room)
+            _refuse_bad_json(body)
             if path in _ASK:
                 return await self._forward(request, body)
             with self._admit():
@@ -387,6 +388,17 @@ _PAGE = {
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+def _refuse_bad_json(body: bytes) -> None:
+    """llama-server answers to what is no JSON as if it were its own fault."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise _RefusalError(400, f"the request is not valid JSON: {reason}", "invalid_request_error") from None
+    if not isinstance(content, dict):
+        raise _RefusalError(400, "the request is not a JSON object", "invalid_request_error")
 
 
 def _hostname(authority: str) -> str:

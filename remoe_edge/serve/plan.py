@@ -21,6 +21,9 @@ from remoe_edge.runtime.build import Runtime
 from remoe_edge.runtime.llama import CacheConfig, default_threads
 from remoe_edge.sizes import format_size, parse_size
 
+CHATML = Path(__file__).parent / "chatml.jinja"
+"""For models without a template of their own; unlike llama.cpp's default it knows tools."""
+
 _MIB = 1 << 20
 _CONTEXTS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
 """Contexts to choose from, in tokens of each slot; a model's own limit is tried as well."""
@@ -74,6 +77,7 @@ class Options:
     queue: int = 16
     max_request: int | None = None
     embeddings: bool = False
+    chat_template: Path | None = None
     alias: str | None = None
 
 
@@ -97,6 +101,8 @@ class Plan:
         What the model process takes beside that, requests being parsed included; and this one, with a margin.
     expert_bytes
         Of all experts in the file.
+    chat_template
+        A Jinja file; None for the model's own.
     """
 
     model: Path
@@ -108,6 +114,7 @@ class Plan:
     queue: int
     max_request: int
     embeddings: bool
+    chat_template: Path | None
     cache: CacheConfig
     memory: int | None
     budget: int | None
@@ -146,6 +153,7 @@ class Plan:
             "--parallel": self.slots,
             "--ctx-size": self.ctx * self.slots,
             "--threads": self.threads,
+            "--chat-template-file": self.chat_template,
             "--cache-ram": -(-self.prompt_cache // _MIB),
             # A request holds a thread from its arrival to its end; a few more answer health and metrics meanwhile.
             "--threads-http": self.slots + self.queue + 4,
@@ -163,7 +171,8 @@ class Plan:
 
     def fields(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "model": str(self.model), "fixed": self.fixed}
+        template = None if self.chat_template is None else str(self.chat_template)
+        return {**asdict(self), "model": str(self.model), "chat_template": template, "fixed": self.fixed}
 
 
 def make_plan(options: Options, runtime: Runtime) -> Plan:
@@ -190,6 +199,7 @@ def make_plan(options: Options, runtime: Runtime) -> Plan:
             queue=options.queue,
             max_request=max_request,
             embeddings=options.embeddings,
+            chat_template=options.chat_template or (None if model.has_chat_template else CHATML),
             cache=cache,
             memory=options.memory,
             budget=None,
@@ -282,6 +292,7 @@ class _Model:
         if "output.weight" not in named and "token_embd.weight" in named:
             # Tied: the output may be kept a second time, rearranged for this CPU's kernels.
             self.dense += named["token_embd.weight"].nbytes
+        self.has_chat_template = "tokenizer.chat_template" in first.fields
         self.n_ctx_train = first.integer(f"{architecture}.context_length") or _CONTEXTS[-1]
 
     def budget(self, text: str) -> int:
