@@ -197,10 +197,12 @@ def command(
         moe = adapt(loaded)
         needs = estimate(moe, config, length, gradient_checkpointing=gradient_checkpointing or experts_on_cpu)
         if accelerator.is_main_process:
+            host = f" and {format_size(needs.host)} of experts on the host" if needs.host else ""
             click.echo(
                 f"{moe.model_type}: {moe.layers} MoE layers, top {moe.top_k} of {moe.experts} experts; training "
                 f"{needs.trained:,} router weights, {len(rows)} sequences of {length}, {len(kept)} held out; memory "
-                f"about {format_size(needs.memory)}, {needs.flops_per_step * config.steps / 1e15:.2g} PFLOP in all",
+                f"about {format_size(needs.memory)}{host}, "
+                f"{needs.flops_per_step * config.steps / 1e15:.2g} PFLOP in all",
                 err=True,
             )
         # Matrix products of a float32 model in bfloat16: half the time on CPUs that have the instructions.
