@@ -167,22 +167,20 @@ def command(
         raise RemoeError("--export-hf needs MODEL to be a folder; download it first: hf download MODEL --local-dir DIR")
     try:
         import torch
-        from accelerate import Accelerator
-
         from remoe_edge.tuning.adapters import adapt
         from remoe_edge.tuning.data import load_sequences
         from remoe_edge.tuning.estimate import estimate
         from remoe_edge.tuning.export import card, export_checkpoint, write_card, write_router
         from remoe_edge.tuning.load import DTYPES, load_model, load_tokenizer
         from remoe_edge.tuning.losses import Weights
-        from remoe_edge.tuning.train import TuneConfig, tune
+        from remoe_edge.tuning.train import TuneConfig, join_processes, tune
     except ImportError as error:
         raise RemoeError(f"tuning needs {error.name}: pip install 'remoe-edge[tune]'") from error
     chosen = Weights(**dict.fromkeys(_TERMS, 0.0)) if control else Weights(**given)
     guard = max_ppl_increase if max_ppl_increase >= 0 else None
     config = TuneConfig(weights=chosen, window=window_size, max_ppl_increase=guard, **settings)
     assert {field.name for field in fields(TuneConfig)} >= settings.keys()
-    accelerator = Accelerator()
+    accelerator = join_processes()
     # One process speaks for all.
     with stderr_progress() if accelerator.is_main_process else nullcontext(silent) as report:
         tokenizer = load_tokenizer(model)
