@@ -167,6 +167,7 @@ def command(
         raise RemoeError("--export-hf needs MODEL to be a folder; download it first: hf download MODEL --local-dir DIR")
     try:
         import torch
+
         from remoe_edge.tuning.adapters import adapt
         from remoe_edge.tuning.data import load_sequences
         from remoe_edge.tuning.estimate import estimate
