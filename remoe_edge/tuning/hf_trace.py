@@ -129,14 +129,15 @@ def _read(moe: MoE, ids: Tensor, probs: bool) -> Part:
 
 def _decode(moe: MoE, ids: Tensor, tokens: int, probs: bool) -> Part:
     """Each token that the model writes is fed back and traced, as a decode run does; the last one, too."""
-    ends = moe.model.generation_config.eos_token_id  # type: ignore[union-attr]
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    out = moe.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    model: Any = moe.model
+    end = model.generation_config.eos_token_id
+    ends = {end} if isinstance(end, int) else set(end or ())
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     parts = []
     for _ in range(tokens):
         token = out.logits[:, -1:].argmax(-1)
         with record(moe) as routings:
-            out = moe.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         parts.append(_part(routings, probs))
         if int(token) in ends:
             break

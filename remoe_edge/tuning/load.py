@@ -10,7 +10,8 @@ import torch
 import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.router import INDEX_NAME

@@ -141,7 +141,7 @@ def tune(
     Raises RemoeError when a loss is not finite and no state was good before, when memory runs out, and for a folder
     whose run had other settings.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or join_processes()
     run = _Run(moe, train, held_out, config, accelerator, autocast)
     frozen = _frozen_hash(moe)
     state = _State()
@@ -192,6 +192,11 @@ def _progress_text(row: dict[str, Any], state: _State) -> str:
         f"step {row['step']}: loss {row['loss']:.3f}, reuse {row['reuse_rate']:.1%} "
         f"(kept: {best.reuse_rate / max(base, 1e-9) - 1:+.1%})"
     )
+
+
+def join_processes() -> Accelerator:
+    """This process among those that torchrun started, if it did; on CPUs, too, which accelerate wants to be told."""
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 def rate_at(step: int, config: TuneConfig) -> float:
