@@ -248,3 +248,26 @@ class TestSharing:
             expected = [run(seed) for seed in range(3)]
             with ThreadPoolExecutor(3) as pool:
                 assert list(pool.map(run, range(3))) == expected
+
+
+class TestScore:
+    def test_likelihoods_of_tokens_one_by_one(self, model: Path) -> None:
+        tokens = np.random.default_rng(3).integers(5, 60, 25).tolist()
+        with open_model(model, CacheConfig("3s"), n_ctx=32, n_threads=1, repack=False) as session:
+            session.decode([7])
+            session.reset_stats()
+            losses = session.score(tokens)
+            stats = session.stats()
+            session.clear()
+            session.decode(tokens[:10])
+            row = session.logits().astype(np.float64)
+            batched = session.score(tokens, batch=8)
+            with pytest.raises(RemoeError, match="tokens do not fit into a context of"):
+                session.score([5] * (session.n_ctx + 2))
+        assert losses.shape == (24,)
+        assert losses[9] == pytest.approx(np.log(np.exp(row).sum()) - row[tokens[10]], abs=1e-4)
+        assert batched == pytest.approx(losses, abs=1e-3)
+        assert stats is not None
+        assert stats.calls == 24 * N_LAYER
+        with open_model(model, n_ctx=32, n_threads=1, mmap=False, repack=False) as session:
+            assert session.score(tokens).tobytes() == losses.tobytes()

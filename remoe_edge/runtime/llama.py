@@ -422,6 +422,30 @@ class Session(Model):
         finally:
             llama.llama_sampler_free(chain)
 
+    def score(self, tokens: Sequence[int], *, batch: int = 1) -> npt.NDArray[np.float64]:
+        """Negative log-likelihood of each token but the first, given those before it: nats, [len(tokens) - 1].
+
+        Starts from an empty context. `batch` tokens are evaluated per call: with 1 as in a generation, so that the
+        expert cache is asked as it is there (`stats()` after a `reset_stats()` says what it did). The last token is not
+        evaluated.
+
+        Raises RuntimeReadError if an expert could not be read, RemoeError if the tokens do not fit into the context.
+        """
+        if not 1 <= batch <= self._n_batch:
+            raise ValueError(f"batches of {batch} tokens are not within 1 to {self._n_batch}")
+        if len(tokens) - 1 > self.n_ctx:
+            raise RemoeError(f"{self.path}: {len(tokens)} tokens do not fit into a context of {self.n_ctx}")
+        self.clear()
+        losses = np.empty(max(len(tokens) - 1, 0))
+        for start in range(0, len(losses), batch):
+            end = min(start + batch, len(losses))
+            self.decode(tokens[start:end], all_logits=True)
+            logits = self.all_logits().astype(np.float64)
+            logits -= logits.max(axis=1, keepdims=True)
+            chosen = logits[np.arange(end - start), tokens[start + 1 : end + 1]]
+            losses[start:end] = np.log(np.exp(logits).sum(axis=1)) - chosen
+        return losses
+
     def clear(self) -> None:
         """Forget all tokens. What the expert cache holds stays."""
         _llama().llama_memory_clear(_llama().llama_get_memory(self._context), True)
