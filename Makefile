@@ -10,9 +10,9 @@ APT    := on Debian, Ubuntu and JetPack: sudo apt install build-essential python
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
 
-demo: .venv/.base ## Set everything up and run the main job (first time: up to 15 minutes)
+demo: $(if $(TUNE),.venv/.dev,.venv/.base) ## Set everything up and run the main job (first time: up to 15 minutes); TUNE=1 tunes the router, too
 	$(BIN)/remoe-edge build
-	$(BIN)/remoe-edge demo
+	$(BIN)/remoe-edge demo $(if $(TUNE),--tune)
 
 test: .venv/.dev ## Set everything up and pass the tests
 	$(BIN)/pytest -m "not runtime"

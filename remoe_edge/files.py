@@ -54,6 +54,23 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     refuse_existing(path, force)
     target = path.resolve()
+    with scratch_file(path) as temporary:
+        yield temporary
+        _fsync(temporary)
+        # Someone else may have written the output while this one was being made.
+        refuse_existing(path, force)
+        os.replace(temporary, target)
+    _fsync(target.parent)
+
+
+@contextmanager
+def scratch_file(path: Path) -> Iterator[Path]:
+    """Give an empty temporary file next to `path`, for what is needed only while `path` is being made.
+
+    It is removed when the context ends; what a killed process left, the next call for `path` removes. Raises RemoeError
+    if the folder is missing.
+    """
+    target = path.resolve()
     if not target.parent.is_dir():
         raise RemoeError(f"{target.parent} is not a folder; create it before writing {path.name} there")
     prefix = f".{target.name[:200]}.tmp-"
@@ -64,16 +81,9 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield temporary
-        _fsync(temporary)
-        # Someone else may have written the output while this one was being made.
-        refuse_existing(path, force)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     finally:
+        temporary.unlink(missing_ok=True)
         os.close(lock)
-    _fsync(target.parent)
 
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:

@@ -41,6 +41,7 @@ def write_tiny_model(
     hidden: int = 256,
     ff: int = 256,
     seed: int = 0,
+    chat_template: str | None = None,
 ) -> Path:
     """Write a model with ``n_layer`` MoE layers (dense ones for DENSE_ARCHITECTURE) and return its path.
 
@@ -79,10 +80,11 @@ def write_tiny_model(
         block_bytes = random_blocks(tensor.type, 1, rms, rng).shape[1]
         yield random_blocks(tensor.type, tensor.nbytes // block_bytes, rms, rng)
 
+    template = {"tokenizer.chat_template": chat_template} if chat_template else {}
     write_gguf(
         path,
         arch,
-        {"general.name": f"tiny {arch}", **metadata(shape), **step_tokenizer(STEPS)},
+        {"general.name": f"tiny {arch}", **metadata(shape), **step_tokenizer(STEPS), **template},
         [NewTensor(spec.name, spec.shape, tensor_type(spec, quant)) for spec in specs.values()],
         data,
     )

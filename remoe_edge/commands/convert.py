@@ -1,4 +1,4 @@
-"""`remoe-edge convert`: put a router into a GGUF, lay it out on page boundaries, or tell two GGUFs apart."""
+"""`remoe-edge convert`: a GGUF from a checkpoint, a router into one, other page boundaries, or two compared."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from remoe_edge.gguf_io.convert import Plan, SliceAlignment, convert, plan_conversion
 from remoe_edge.gguf_io.diff import Difference, TensorDifference, diff
+from remoe_edge.gguf_io.from_hf import from_hf, plan_from_hf
 from remoe_edge.gguf_io.layout import Tensor
+from remoe_edge.progress import stderr_progress
 from remoe_edge.sizes import format_size
 
 
 @click.command("convert")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("router", type=click.Path(path_type=Path), required=False)
+@click.option("--router", "router_option", type=click.Path(path_type=Path), help="The same as ROUTER.")
+@click.option(
+    "--quant",
+    metavar="TYPE",
+    help="Of the GGUF from a checkpoint: Q4_K_M, Q8_0, F16, ... [default: 16 bits, as the checkpoint]",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF to write.")
 @click.option(
     "--align",
@@ -38,6 +46,8 @@ from remoe_edge.sizes import format_size
 def command(
     base: Path,
     router: Path | None,
+    router_option: Path | None,
+    quant: str | None,
     output: Path | None,
     alignment: int | None,
     force: bool,
@@ -45,9 +55,10 @@ def command(
     compare: bool,
     as_json: bool,
 ) -> None:
-    """Put a trained router into a GGUF, lay it out on page boundaries, or tell two GGUFs apart.
+    """Make a GGUF from a checkpoint, put a trained router into a GGUF, or tell two GGUFs apart.
 
     \b
+    remoe-edge convert HF_FOLDER -o OUT.gguf --quant Q4_K_M [--router ROUTER]
     remoe-edge convert BASE.gguf ROUTER -o OUT.gguf
     remoe-edge convert BASE.gguf --align 4096 -o OUT.gguf
     remoe-edge convert --diff A.gguf B.gguf
@@ -60,11 +71,19 @@ def command(
     That needs experts whose size is a multiple too; what part of them is aligned is printed. All tensors are padded,
     because GGUF has one alignment for a file; --dry-run tells what that costs.
 
+    BASE may also be the folder of a Hugging Face checkpoint. The pinned llama.cpp's own converter and llama-quantize
+    then make the GGUF; that needs pip install 'remoe-edge[tune]'. Code that lies in the folder is never run.
+
     --diff prints the tensors and metadata in which A and B differ, and by how much. Differences are no failure: the
     exit status is 0.
     """
+    if router is not None and router_option is not None:
+        raise click.UsageError("ROUTER is given twice.")
+    router = router or router_option
     if compare:
         given = {
+            "--router": router_option is not None,
+            "--quant": quant is not None,
             "--output": output is not None,
             "--align": alignment is not None,
             "--force": force,
@@ -80,6 +99,11 @@ def command(
         return
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    if base.is_dir():
+        _from_checkpoint(base, output, quant, router, alignment, force, dry_run, as_json)
+        return
+    if quant is not None:
+        raise click.UsageError("--quant is for a Hugging Face folder; llama-quantize quantizes a GGUF.")
     if router is None and alignment is None:
         raise click.UsageError("Missing argument 'ROUTER'. To change the layout alone, give --align.")
     if dry_run:
@@ -105,6 +129,50 @@ def command(
             )
         if slices:
             click.echo(_slices_text(slices), err=True)
+
+
+def _from_checkpoint(
+    folder: Path,
+    output: Path,
+    quant: str | None,
+    router: Path | None,
+    alignment: int | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    if dry_run:
+        plan = plan_from_hf(folder, output, quant=quant, router=router, alignment=alignment, force=force)
+    else:
+        with stderr_progress() as report:
+            plan = from_hf(folder, output, quant=quant, router=router, alignment=alignment, force=force, report=report)
+    written = None if dry_run else output.stat().st_size
+    model = plan.checkpoint
+    if as_json:
+        described = {
+            "architecture": model.architecture,
+            "parameters": model.parameters,
+            "moe_layers": model.moe_layers,
+            "files": [str(file) for file in model.files],
+            "output": str(output),
+            "quant": plan.quant,
+            "router": str(router) if router is not None else None,
+            "alignment": alignment,
+            "estimated_output_bytes": plan.output_bytes,
+            "estimated_disk_bytes": plan.disk_bytes,
+            "output_bytes": written,
+        }
+        click.echo(json.dumps(described))
+    elif written is None:
+        click.echo(
+            f"{model.architecture}, {model.parameters:,} parameters in {len(model.files)} files, "
+            f"{model.moe_layers or 'no'} MoE layers\n"
+            f"output {output}, {plan.quant}, about {format_size(plan.output_bytes)}; "
+            f"about {format_size(plan.disk_bytes)} of disk are needed while it is made"
+        )
+    else:
+        router_text = f", router from {router}" if router is not None else ""
+        click.echo(f"Wrote {output} ({format_size(written)}, {plan.quant}{router_text}).", err=True)
 
 
 @contextmanager

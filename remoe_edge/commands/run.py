@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import refuse_existing
-from remoe_edge.gguf_io.layout import read_model
+from remoe_edge.gguf_io.layout import has_experts
+from remoe_edge.parameters import model_path
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import (
@@ -23,17 +20,16 @@ from remoe_edge.runtime.llama import (
     READ_MODES,
     CacheConfig,
     Model,
-    Session,
     default_threads,
     load_model,
 )
-from remoe_edge.sizes import format_size
+from remoe_edge.runtime.meter import Meter, summary_text
 
 _INTERRUPTED = 128 + signal.SIGINT
 
 
 @click.command("run")
-@click.argument("model", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("model", type=model_path)
 @click.option("-p", "--prompt", metavar="TEXT", required=True, help="Text to go on from.")
 @click.option(
     "-n", "--n-gen", metavar="TOKENS", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens."
@@ -96,7 +92,7 @@ def command(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Generate text from MODEL, a GGUF, with its experts in a bounded cache.
+    """Generate text from MODEL, a GGUF or the word demo, with its experts in a bounded cache.
 
     \b
     remoe-edge run model.gguf -p "The capital of France is" --expert-cache 880MiB
@@ -129,35 +125,29 @@ def command(
         with loaded.session(n_ctx=size, n_threads=threads or default_threads()) as session:
             if trace is not None:
                 session.trace_start(trace)
-            run = _Run(session, len(tokens))
+            meter = Meter(session)
+            text, interrupted = "", False
             count = min(n_gen, size - len(tokens))
             try:
                 session.decode(tokens)
-                chosen = run.follow(session.generate(count, temp=temp, top_p=top_p or 1.0, seed=seed or 0))
-                for text in session.stream_text(chosen):
+                chosen = meter.follow(session.generate(count, temp=temp, top_p=top_p or 1.0, seed=seed or 0))
+                for piece in session.stream_text(chosen):
                     if as_json:
-                        run.text += text
+                        text += piece
                     else:
-                        click.echo(text, nl=False)
+                        click.echo(piece, nl=False)
             except KeyboardInterrupt:
-                run.interrupted = True
+                interrupted = True
             if trace is not None:
                 session.trace_stop()
-            summary = run.summary()
+            summary = {"n_prompt": len(tokens), "interrupted": interrupted, **meter.summary()}
     if as_json:
-        click.echo(json.dumps({"text": run.text, **summary}))
+        click.echo(json.dumps({"text": text, **summary}))
     else:
         click.echo()
-    click.echo(_summary_text(summary), err=True)
-    if run.interrupted:
+    click.echo(summary_text(summary), err=True)
+    if interrupted:
         ctx.exit(_INTERRUPTED)
-
-
-def has_experts(path: Path) -> bool:
-    """Whether a GGUF says that its model has experts. Raises RemoeError if it is no GGUF."""
-    layout = read_model(path)[0]
-    architecture = layout.text("general.architecture")
-    return bool(layout.integer(f"{architecture}.expert_count"))
 
 
 def _refuse(flags: dict[str, object], where: str) -> None:
@@ -172,64 +162,3 @@ def _prompt_tokens(model: Model, prompt: str, chat: bool) -> list[int]:
     if not tokens:
         raise RemoeError("the prompt is empty; give some text with --prompt")
     return tokens
-
-
-class _Run:
-    """Watches a generation: when each token came, and what the cache did after the first."""
-
-    def __init__(self, session: Session, n_prompt: int) -> None:
-        self.text = ""
-        self.interrupted = False
-        self._session = session
-        self._n_prompt = n_prompt
-        self._start = time.monotonic()
-        self._times: list[float] = []
-
-    def follow(self, tokens: Iterator[int]) -> Iterator[int]:
-        """The same tokens, up to the one that ends the generation."""
-        for token in tokens:
-            self._times.append(time.monotonic())
-            if len(self._times) == 1:
-                self._session.reset_stats()
-            if self._session.is_end(token):
-                return
-            yield token
-
-    def summary(self) -> dict[str, Any]:
-        times, steps = self._times, len(self._times) - 1
-        stats, info = self._session.stats(), self._session.info()
-        measured = stats is not None and steps > 0
-        return {
-            "n_prompt": self._n_prompt,
-            "n_gen": len(times),
-            "interrupted": self.interrupted,
-            "ttft_ms": (times[0] - self._start) * 1e3 if times else None,
-            "tpot_ms": (times[-1] - times[0]) / steps * 1e3 if steps > 0 else None,
-            "kernels": self._session.kernels,
-            "cache": asdict(info) if info else None,
-            "hit_rate": stats.hit_rate if stats and measured else None,
-            "bytes_per_token": (stats.bytes_demand + stats.bytes_prefetch) / steps if stats and measured else None,
-            "stall_ms_per_token": stats.stall_ns / 1e6 / steps if stats and measured else None,
-        }
-
-
-def _summary_text(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['n_prompt']} tokens of prompt, {summary['n_gen']} generated"]
-    if summary["ttft_ms"] is not None:
-        lines[0] += f"; TTFT {summary['ttft_ms']:.0f} ms"
-    if summary["tpot_ms"] is not None:
-        lines[0] += f", TPOT {summary['tpot_ms']:.1f} ms = (last - first token) / (n - 1)"
-    cache = summary["cache"]
-    if cache is None:
-        return "\n".join([*lines, f"no expert cache; {summary['kernels']} kernels"])
-    lines.append(
-        f"expert cache: {format_size(cache['used'])} of {format_size(cache['budget'])}, {cache['n_slots']} slots in "
-        f"each of {cache['n_layers']} layers (floor {format_size(cache['floor'])}), policy {cache['policy']}, "
-        f"{cache['io']} reads with {cache['n_threads']} threads, {cache['kernels']} expert kernels"
-    )
-    if summary["hit_rate"] is not None:
-        lines.append(
-            f"after the first token: {summary['hit_rate']:.1%} hits, {summary['bytes_per_token'] / 1e6:.1f} MB read "
-            f"and {summary['stall_ms_per_token']:.1f} ms stalled per token"
-        )
-    return "\n".join(lines)

@@ -244,6 +244,12 @@ def read_model(path: Path) -> list[Layout]:
     return layouts
 
 
+def has_experts(path: Path) -> bool:
+    """Whether a GGUF says that its model has experts. Raises RemoeError if it is no GGUF."""
+    layout = read_model(path)[0]
+    return bool(layout.integer(f"{layout.text('general.architecture')}.expert_count"))
+
+
 class _Parser:
     """A position in the header of one file. Every read says what it is for, so that its failure can be told."""
 

@@ -111,7 +111,7 @@ def read_router(path: Path) -> Router:
     """
     tensors: dict[str, RouterTensor] = {}
     for file, indexed in _checkpoint_files(path).items():
-        present = _read_safetensors(file)
+        present = read_safetensors(file)
         for key in indexed or present:
             name = gguf_router_name(key)
             if name is None:
@@ -142,20 +142,34 @@ def _checkpoint_files(path: Path) -> dict[Path, list[str] | None]:
             raise RemoeError(f"{path}: {_NO_PICKLE}")
         return {path: None}
     if (path / INDEX_NAME).exists():
-        return dict(_read_index(path / INDEX_NAME))
-    files = sorted(path.glob("*.safetensors"))
+        index = read_index(path / INDEX_NAME)
+        files = {file: keys for file, keys in index.items() if any(map(gguf_router_name, keys))}
+        for file in files:
+            if not file.exists():
+                raise RemoeError(f"{file}: is missing, but {INDEX_NAME} says that it holds router tensors; download it")
+        return dict(files)
+    return dict.fromkeys(weight_files(path))
+
+
+def weight_files(folder: Path, pattern: str = "*.safetensors") -> list[Path]:
+    """The safetensors files of a folder without an index. Raises RemoeError if there are none."""
+    files = sorted(folder.glob(pattern))
     if not files:
-        pickled = any(file.suffix.lower() in _PICKLES for file in path.iterdir())
-        raise RemoeError(f"{path}: has no .safetensors file" + (f"; {_NO_PICKLE}" if pickled else ""))
-    return dict.fromkeys(files)
+        pickled = any(file.suffix.lower() in _PICKLES for file in folder.iterdir())
+        raise RemoeError(f"{folder}: has no {pattern.lstrip('*')} file" + (f"; {_NO_PICKLE}" if pickled else ""))
+    return files
 
 
-def _read_index(path: Path) -> dict[Path, list[str]]:
+def read_index(path: Path) -> dict[Path, list[str]]:
+    """The files that an index names, present or not, each with the keys it places there.
+
+    Raises RemoeError if it is damaged, or if a name leads out of its folder.
+    """
     source = Source.of(path)
     if source.size > MAX_INDEX_BYTES:
         raise RemoeError(f"{path}: has {source.size} bytes, expected at most {MAX_INDEX_BYTES} for an index")
     with source.open() as descriptor:
-        index = _parse_object(source, source.read(descriptor, 0, source.size))
+        index = parse_object(source, source.read(descriptor, 0, source.size))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
         raise RemoeError(f"{path}: has no 'weight_map' object")
@@ -165,15 +179,14 @@ def _read_index(path: Path) -> dict[Path, list[str]]:
         if not isinstance(name, str) or PurePath(name).name != name:
             raise RemoeError(f"{path}: places tensor {key!r} in {name!r}, which is not the name of a file beside it")
         files.setdefault(path.with_name(name), []).append(key)
-    files = {file: keys for file, keys in files.items() if any(map(gguf_router_name, keys))}
-    for file in files:
-        if not file.exists():
-            raise RemoeError(f"{file}: is missing, but {INDEX_NAME} says that it holds router tensors; download it")
     return files
 
 
-def _read_safetensors(path: Path) -> dict[str, RouterTensor]:
-    """Every tensor of a file, by key. Bounds, overlaps and sizes are checked by the safetensors package."""
+def read_safetensors(path: Path) -> dict[str, RouterTensor]:
+    """Every tensor of a file, by key. Bounds, overlaps and sizes are checked by the safetensors package.
+
+    Raises RemoeError if the file cannot be read or is damaged.
+    """
     source = Source.of(path)
     try:
         with safe_open(path, framework="numpy"):
@@ -182,7 +195,7 @@ def _read_safetensors(path: Path) -> dict[str, RouterTensor]:
         raise RemoeError(f"{path}: not a sound safetensors file: {error}") from error
     with source.open() as descriptor:
         header_size = int.from_bytes(source.read(descriptor, 0, 8), "little")
-        header = _parse_object(source, source.read(descriptor, 8, header_size))
+        header = parse_object(source, source.read(descriptor, 8, header_size))
     header.pop("__metadata__", None)
     return {
         key: RouterTensor(
@@ -192,7 +205,8 @@ def _read_safetensors(path: Path) -> dict[str, RouterTensor]:
     }
 
 
-def _parse_object(source: Source, text: bytes) -> dict[str, Any]:
+def parse_object(source: Source, text: bytes) -> dict[str, Any]:
+    """A JSON object in a file. Raises RemoeError, naming the file, if it is not one."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:

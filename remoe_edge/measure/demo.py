@@ -1,107 +1,167 @@
-"""The main job on what comes with the package: a twin, a changed router exported into it, decode runs under a limit.
+"""The main job on the model that comes with the package: base and tuned router under the expert cache, side by side.
 
-The twin has the routing of a real model and random weights, so times, reads and hits are real, and its text is not. The
-router change is made up: it lets a trace reuse more experts, as tuning does, and shows the way through `convert`.
+1. The demo model as a GGUF, and its tuned router exported into it.
+2. Both decode real text at small budgets: bytes per token, hits, and the output, equal for every budget.
+3. Experts of the demo model are too small to keep a disk busy. So the routing of step 2 is recorded, and replayed by
+   twins whose experts have the size of OLMoE's: there fewer bytes have to show up as time.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from safetensors.numpy import save_file
 
-from remoe_edge import __version__
+from remoe_edge.demo_model import demo_checkpoint, demo_gguf, demo_router, demo_tuning_text
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import atomic_output, cache_dir
+from remoe_edge.files import cache_dir
 from remoe_edge.gguf_io.convert import convert
-from remoe_edge.gguf_io.layout import read_model
 from remoe_edge.measure.arms import Options
 from remoe_edge.measure.bench import Result, bench
 from remoe_edge.measure.rows import Row
-from remoe_edge.measure.workloads import single_prompt
+from remoe_edge.measure.workloads import Workload, load_workload, single_prompt
 from remoe_edge.progress import Report, silent
-from remoe_edge.routing.trace import Trace, packaged_trace
+from remoe_edge.routing.trace import Trace, load_trace
 from remoe_edge.routing.twin import plan_twin, write_twin
-from remoe_edge.runtime.llama import default_threads
+from remoe_edge.runtime.llama import CacheConfig, default_threads, load_model
 
-# Experts a quarter the size of OLMoE's make a file of about 1 GB.
-_FF = 256
-_BUDGETS = ("8s", "12s", "16s")
+WORKLOAD = "demo"
+_BUDGETS = ("4s", "8s")
+_N_GEN = 96
+_TWIN_N_GEN = 160
+_TWIN_REPETITIONS = 3
 _MEMORY_LIMIT = 512 << 20
-_PROMPT = "w00000"
 # Stock mmap reads most of the file for each token: few are enough, and more would take minutes.
-_N_GEN = 16
-_MERGED = 16
-_ROUTER = "blk.{}.ffn_gate_inp.weight"
+_MMAP_N_GEN = 12
 
 
 @dataclass(frozen=True)
 class Demo:
-    """`models` are the base and the one with the changed router."""
+    """Results of the real model, of the twins of its routing, and of stock mmap on the base's twin.
+
+    `traces` are those of base and tuned, whose own output they record.
+    """
 
     models: tuple[Path, Path]
-    result: Result
-    memory_limit: int
+    real: Result
+    twins: Result
+    mmap: Result
+    traces: tuple[Trace, Trace]
+    memory_limit: int = _MEMORY_LIMIT
 
 
-def run_demo(report: Report = silent) -> Demo:
-    """Make both models in the cache folder, the twin only where missing, and measure them.
+def run_demo(report: Report = silent, *, tune: bool = False, folder: Path | None = None) -> Demo:
+    """Make the models in the cache folder where they are missing, and measure them; minutes.
 
-    Raises RemoeError if a run fails, or if what a model puts out depends on how its experts are held.
+    With `tune` the router is tuned here, into `folder`, instead of taking the packaged one; that needs torch. Raises
+    RemoeError if a run fails, or if what a model puts out depends on how its experts are held.
     """
-    trace = packaged_trace()
-    folder = cache_dir() / "demo" / f"{trace.digest()[:12]}-ff{_FF}-{__version__}"
-    folder.mkdir(parents=True, exist_ok=True)
-    base, router, tuned = folder / "base.gguf", folder / "router.safetensors", folder / "tuned.gguf"
-    if not base.exists():
-        twin = plan_twin(trace, ff=_FF)
-        write_twin(twin, base, progress=lambda written: report("writing the twin", written / twin.nbytes))
-    write_changed_router(base, trace, router)
-    convert(base, router, tuned, force=True, progress=lambda done, total: report("exporting the router", done / total))
-    options = Options(
-        models=(base, tuned),
-        workload=single_prompt(_PROMPT),
-        n_gen=_N_GEN,
+    base = demo_gguf(report=report)
+    if tune:
+        assert folder is not None
+        router = tune_demo(folder / "router.safetensors", report)
+        tuned = folder / "demo-tuned.gguf"
+        convert(base, router, tuned, force=True)
+    else:
+        tuned = demo_gguf(tuned=True)
+    models = base, tuned
+    workload = load_workload(WORKLOAD)
+    real = bench(_options(models, workload, _N_GEN, baselines=("resident",)), report)
+    check_identical(real.rows)
+    traces = record_own_output(base, workload, report), record_own_output(tuned, workload, report)
+    twins = tuple(_twin(trace, name, report) for trace, name in zip(traces, ("base", "tuned"), strict=True))
+    prompt = single_prompt("w00000")
+    replayed = bench(_options(twins, prompt, _TWIN_N_GEN, limit=_MEMORY_LIMIT, repetitions=_TWIN_REPETITIONS), report)
+    mmap = bench(_options(twins[:1], prompt, _MMAP_N_GEN, limit=_MEMORY_LIMIT, baselines=("mmap", "resident")), report)
+    check_identical([*mmap.rows])
+    check_identical([*replayed.rows])
+    return Demo(models, real, replayed, mmap, traces)
+
+
+def _options(
+    models: Sequence[Path],
+    workload: Workload,
+    n_gen: int,
+    *,
+    baselines: Sequence[str] = (),
+    limit: int | None = None,
+    repetitions: int = 1,
+) -> Options:
+    return Options(
+        models=models,
+        workload=workload,
+        n_gen=n_gen,
         n_threads=default_threads(),
         budgets=_BUDGETS,
-        baselines=("mmap", "resident"),
-        memory_limit=_MEMORY_LIMIT,
+        baselines=baselines,
+        memory_limit=limit,
+        repetitions=repetitions,
     )
-    result = bench(options, report)
-    check_identical(result.rows)
-    return Demo((base, tuned), result, _MEMORY_LIMIT)
 
 
-def write_changed_router(model: Path, trace: Trace, output: Path) -> None:
-    """Write the router of a twin of `trace`, changed by `merge_rare_experts`, under its Hugging Face names."""
-    (layout,) = read_model(model)
-    changed: dict[str, npt.NDArray[np.float32]] = {}
-    for layer in range(trace.layers):
-        tensor = layout.tensors[_ROUTER.format(layer)]
-        rows = np.fromfile(model, "<f4", int(np.prod(tensor.shape)), offset=tensor.start).reshape(tensor.shape[::-1])
-        counts = np.bincount(trace.ids[:, layer].ravel(), minlength=trace.experts)
-        changed[f"model.layers.{layer}.mlp.gate.weight"] = merge_rare_experts(rows, counts, _MERGED)
-    with atomic_output(output, force=True) as temporary:
-        save_file(changed, temporary)
+def tune_demo(output: Path, report: Report = silent) -> Path:
+    """Tune the demo model's router as the packaged one was. Raises RemoeError if torch is missing."""
+    try:
+        import torch
+
+        from remoe_edge.evaluate.ablate import settings_of
+        from remoe_edge.tuning.adapters import adapt
+        from remoe_edge.tuning.data import load_sequences
+        from remoe_edge.tuning.export import card, write_router
+        from remoe_edge.tuning.load import load_model, load_tokenizer
+        from remoe_edge.tuning.train import tune
+    except ImportError as error:
+        raise RemoeError(f"tuning needs {error.name}: pip install 'remoe-edge[tune]'") from error
+    model = str(demo_checkpoint())
+    config, length = settings_of(demo_router())
+    rows = load_sequences([demo_tuning_text()], load_tokenizer(model), length, report=report)
+    train, held_out = rows.part(slice(0, -HELD_OUT)), rows.part(slice(-HELD_OUT, None))
+    fast = None if torch.cuda.is_available() else torch.bfloat16
+    result = tune(adapt(load_model(model)), train, held_out, config, folder=output.parent, autocast=fast, report=report)
+    said = card(result, config, model="demo", data=rows.files, length=length, held_out=HELD_OUT)
+    write_router(result.router, said, output, force=True)
+    return output
 
 
-def merge_rare_experts(
-    router: npt.NDArray[np.float32], counts: npt.NDArray[np.int64], n: int
-) -> npt.NDArray[np.float32]:
-    """A router [experts, hidden] whose `n` least used experts hand their tokens to the `n` most used ones.
+HELD_OUT = 32
+"""Sequences at the end of the tuning text that the guards of `tune` look at."""
 
-    The row of a rare expert is added to that of a frequent one and then turned around, so that nothing chooses it.
-    """
-    order = np.argsort(counts, kind="stable")
-    rare, frequent = order[:n], order[::-1][:n]
-    changed: npt.NDArray[np.float32] = router.copy()
-    changed[frequent] += router[rare]
-    changed[rare] = -router[rare]
-    return changed
+
+def record_own_output(model: Path, workload: Workload, report: Report = silent, n_gen: int = _N_GEN) -> Trace:
+    """The routing of a model's own greedy output after each prompt of `workload`, one sequence each."""
+    parts = []
+    with tempfile.TemporaryDirectory() as folder, load_model(model, CacheConfig("off"), repack=False) as loaded:
+        for index, prompt in enumerate(workload.prompts):
+            report(f"recording the routing of {model.stem}", index / len(workload.prompts))
+            tokens = loaded.tokenize(prompt.text)
+            path = Path(folder) / f"{index}.npz"
+            with loaded.session(n_ctx=len(tokens) + n_gen) as session:
+                session.decode(tokens)
+                session.trace_start(path)
+                for _ in session.generate(n_gen):
+                    pass
+                session.trace_stop()
+            parts.append(load_trace(path))
+    sizes = [part.tokens for part in parts]
+    return Trace(
+        ids=np.concatenate([part.ids for part in parts]),
+        offs=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        meta={**parts[0].meta, "model": model.stem, "phase": "decode", "source": "remoe-edge demo", "licence": "MIT"},
+        origin=model.stem,
+    )
+
+
+def _twin(trace: Trace, name: str, report: Report) -> Path:
+    folder = cache_dir() / "demo" / f"twins-{trace.digest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-twin.gguf"
+    if not path.exists():
+        twin = plan_twin(trace, alignment=4096)
+        write_twin(twin, path, progress=lambda written: report(f"writing {path.name}", written / twin.nbytes))
+    return path
 
 
 def check_identical(rows: Sequence[Row]) -> None:
@@ -114,3 +174,38 @@ def check_identical(rows: Sequence[Row]) -> None:
         output = row["output_sha256"], row["logits_sha256"]
         if output != expected.setdefault(row["model_path"], output):
             raise RemoeError(f"{name}: its output differs from that of the model's other runs, which must not happen")
+
+
+def summary(demo: Demo) -> list[str]:
+    """What came out, in sentences."""
+    lines = []
+    for title, result in (("demo model", demo.real), ("twins with experts of OLMoE's size", demo.twins)):
+        base, tuned = (_by_budget(result.rows, path) for path in _models(result.rows))
+        for budget in base:
+            old, new = base[budget], tuned[budget]
+            text = (
+                f"{title}, {budget[:-1]} slots per layer: {old['bytes_per_token'] / 1e6:.3g} -> "
+                f"{new['bytes_per_token'] / 1e6:.3g} MB per token "
+                f"({new['bytes_per_token'] / old['bytes_per_token'] - 1:+.1%}), hits {old['hit_rate']:.1%} -> "
+                f"{new['hit_rate']:.1%}"
+            )
+            if result is demo.twins:
+                times = old["tpot_ms"], new["tpot_ms"]
+                text += f", TPOT {times[0]:.1f} -> {times[1]:.1f} ms ({times[1] / times[0] - 1:+.1%})"
+            lines.append(text)
+    rows = {row["arm"]: row for row in demo.mmap.rows if row["arm"] != "cache"}
+    cached = [row for row in demo.mmap.rows if row["arm"] == "cache"][-1]
+    lines.append(
+        f"the base's twin in {demo.memory_limit >> 20} MiB: stock mmap {rows['mmap']['tpot_ms']:.0f} ms per token, "
+        f"expert cache with {cached['budget'][:-1]} slots {cached['tpot_ms']:.1f} ms, all experts in memory "
+        f"{rows['resident']['tpot_ms']:.1f} ms"
+    )
+    return lines
+
+
+def _models(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["model_path"] for row in rows))
+
+
+def _by_budget(rows: Sequence[Row], model: str) -> dict[str, Row]:
+    return {row["budget"]: row for row in rows if row["arm"] == "cache" and row["model_path"] == model}

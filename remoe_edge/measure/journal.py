@@ -133,6 +133,23 @@ def open_journal(path: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[
         yield Journal(records, file)
 
 
+def read_journal(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The plan and the records so far of a benchmark that may be running. Raises RemoeError if it is no journal."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole:
+        raise RemoeError(f"{path}: the benchmark has not begun yet")
+    try:
+        return _parse(whole)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RemoeError(f"{path}: is not a journal of this version") from error
+
+
+def _parse(content: bytes) -> tuple[dict[str, Any], list[Record]]:
+    first, *others = [json.loads(line) for line in content.splitlines()]
+    return first["plan"] if first["remoe_edge_journal"] == _VERSION else {}, [Record.from_json(each) for each in others]
+
+
 def _resume(path: Path, file: IO[bytes], header: dict[str, Any]) -> list[Record]:
     """The records of a journal that was made for `header`; what follows the last whole line is cut off."""
     file.seek(0)
@@ -143,9 +160,7 @@ def _resume(path: Path, file: IO[bytes], header: dict[str, Any]) -> list[Record]
     if not whole:
         return []
     try:
-        first, *others = [json.loads(line) for line in content[:whole].splitlines()]
-        found = first["plan"] if first["remoe_edge_journal"] == _VERSION else {}
-        records = [Record.from_json(other) for other in others]
+        found, records = _parse(content[:whole])
     except (ValueError, KeyError, TypeError) as error:
         raise RemoeError(f"{path}: is not a journal of this version; pass --force to start again") from error
     if differing := [name for name, value in header["plan"].items() if found.get(name) != value]:

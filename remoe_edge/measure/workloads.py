@@ -24,7 +24,7 @@ from typing import Any
 
 from remoe_edge.errors import RemoeError
 
-PACKAGED = ("gsm8k", "humaneval", "mt-bench", "text")
+PACKAGED = ("gsm8k", "humaneval", "mt-bench", "text", "demo")
 """Workloads that come with the package."""
 
 _MOST_PROMPTS = 64

@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import TemplateError
 
 from remoe_edge.errors import RemoeError
 
@@ -36,8 +37,12 @@ _LOG_ERROR, _LOG_CONTINUED = 4, 5  # enum ggml_log_level
 _LOG_LINES_KEPT = 200
 
 
-class RuntimeReadError(RemoeError):
+class RuntimeReadError(RemoeError, RuntimeError):
     """An evaluation failed; the text names what the expert cache could not read, where that was the reason."""
+
+
+class DecodingStoppedError(RemoeError):
+    """The function given to `Session.stop_when` ended an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,11 @@ class _Info(ctypes.Structure):
 
 class _Stats(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in CacheStats.__dataclass_fields__)
+
+
+def require_runtime() -> None:
+    """Load the runtime's library. Raises RemoeError if it is missing, or not the patched one."""
+    _llama()
 
 
 @cache
@@ -249,16 +259,28 @@ class Model:
 
     def chat_prompt(self, text: str) -> str:
         """`text` as the message of a user, in the model's own chat template. Raises RemoeError if it has none."""
+        if not self.has_chat_template:
+            raise RemoeError(f"{self.path}: has no chat template; leave out --chat")
+        return self.render_chat([{"role": "user", "content": text}])
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """Messages ("role", "content") in the model's own chat template, up to where its answer begins.
+
+        Raises RemoeError if it has no template, or one that refuses these messages, as some do a system prompt.
+        """
         template = _llama().llama_model_chat_template(self._model, None)
         if not template:
-            raise RemoeError(f"{self.path}: has no chat template; leave out --chat")
+            raise RemoeError(f"{self.path}: has no chat template")
         formats = importlib.import_module("llama_cpp.llama_chat_format")
         bos, eos = (
             self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
             for token in (_llama().llama_vocab_bos(self._vocab), _llama().llama_vocab_eos(self._vocab))
         )
-        formatter = formats.Jinja2ChatFormatter(template.decode(), eos_token=eos, bos_token=bos)
-        return str(formatter(messages=[{"role": "user", "content": text}]).prompt)
+        try:
+            formatter = formats.Jinja2ChatFormatter(template.decode(), eos_token=eos, bos_token=bos)
+            return str(formatter(messages=messages).prompt)
+        except (ValueError, TemplateError) as error:
+            raise RemoeError(f"{self.path}: its chat template cannot be used here: {error}") from error
 
     def metadata(self, key: str) -> str | None:
         """A value of the GGUF's metadata as text."""
@@ -359,6 +381,7 @@ class Session(Model):
         # llama.cpp makes it smaller than asked for where the context is.
         self._n_batch: int = _llama().llama_n_batch(context)
         self._n_outputs = 0
+        self._stop_callback: Any = None
         self.n_ctx: int = _llama().llama_n_ctx(context)
 
     def decode(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
@@ -381,6 +404,8 @@ class Session(Model):
             batch.logits = (ctypes.c_int8 * count)(*[1] * count)
         _log.clear()
         status = _llama().llama_decode(self._context, batch)
+        if status == 2:
+            raise DecodingStoppedError("the evaluation was stopped")
         if status == 1:
             raise RemoeError(f"{self.path}: the context of {self.n_ctx} tokens is full; choose a larger one")
         if status != 0:
@@ -449,6 +474,34 @@ class Session(Model):
     def clear(self) -> None:
         """Forget all tokens. What the expert cache holds stays."""
         _llama().llama_memory_clear(_llama().llama_get_memory(self._context), True)
+
+    @property
+    def n_past(self) -> int:
+        """Tokens that are there. After an evaluation that failed or was stopped: those whose ubatch was complete."""
+        llama = _llama()
+        return int(llama.llama_memory_seq_pos_max(llama.llama_get_memory(self._context), 0)) + 1
+
+    def keep(self, n: int) -> int:
+        """Forget all but the first `n` tokens, so that others can follow them. Returns how many are left.
+
+        None are if the memory cannot be cut there: recurrent layers, or a sliding window that has left the beginning.
+        """
+        llama = _llama()
+        if n < self.n_past:
+            memory = llama.llama_get_memory(self._context)
+            if llama.llama_memory_seq_pos_min(memory, 0) > 0 or not llama.llama_memory_seq_rm(memory, 0, n, -1):
+                self.clear()
+        return self.n_past
+
+    def stop_when(self, wanted: Callable[[], bool] | None) -> None:
+        """Ask `wanted` before every operation of an evaluation and end it, with DecodingStoppedError, once it says so.
+
+        Meant for long prompts: asking costs a microsecond per operation. None takes it back.
+        """
+        kind = _llama().ggml_abort_callback
+        # The library keeps the pointer. A null pointer asks nobody.
+        self._stop_callback = kind(lambda _: wanted()) if wanted else kind()
+        _llama().llama_set_abort_callback(self._context, self._stop_callback, None)
 
     def trace_start(self, path: Path) -> None:
         """Record which experts each layer chooses; `path` appears at `trace_stop`, or when the session ends."""
@@ -530,11 +583,10 @@ def _value(field: Any) -> Any:
     return field.decode() if isinstance(field, bytes) else field
 
 
-def _overrides(config: CacheConfig) -> Any:
-    """The key-value overrides that configure the cache, closed by an empty key."""
-    llama = _llama()
-    values = {
-        "expert_cache.budget": config.budget if config.enabled else None,
+def cache_overrides(config: CacheConfig) -> dict[str, str | int]:
+    """The key-value overrides by which the runtime takes a configuration; budget "off" is one, too."""
+    values: dict[str, str | int | None] = {
+        "expert_cache.budget": config.budget,
         "expert_cache.policy": config.policy,
         "expert_cache.io": config.io,
         "expert_cache.threads": config.threads,
@@ -542,17 +594,36 @@ def _overrides(config: CacheConfig) -> Any:
         "expert_cache.repack": config.repack,
     }
     given = {key: value for key, value in values.items() if value is not None}
+    for key, value in given.items():
+        if len(str(value).encode()) > 127:
+            raise RemoeError(f"{key}: {str(value)[:40]!r}... is too long")
+    return given
+
+
+def _overrides(config: CacheConfig) -> Any:
+    """The overrides as the C API takes them, closed by an empty key."""
+    llama = _llama()
+    given = cache_overrides(config)
     overrides = (llama.llama_model_kv_override * (len(given) + 1))()
     for entry, (key, value) in zip(overrides, given.items(), strict=False):
         entry.key = key.encode()
         if isinstance(value, int):
             entry.tag, entry.value.val_i64 = llama.LLAMA_KV_OVERRIDE_TYPE_INT, value
-            continue
-        text = value.encode()
-        if len(text) > 127:
-            raise RemoeError(f"{key}: {value[:40]!r}... is too long")
-        entry.tag, entry.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, text
+        else:
+            entry.tag, entry.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
     return overrides
+
+
+@contextmanager
+def collected_log(*, verbose: bool) -> Iterator[Callable[[str], str]]:
+    """While other code loads a model: gives a function that returns the reason in llama.cpp's log, or its argument.
+
+    `verbose`, whether the log is also shown on stderr, stays in force.
+    """
+    _llama()
+    _log.verbose = verbose
+    _log.clear()
+    yield _log.reason
 
 
 def default_threads() -> int:

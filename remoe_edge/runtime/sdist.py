@@ -5,13 +5,16 @@ import os
 import shutil
 import tarfile
 import tempfile
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path, PurePath, PurePosixPath
 from typing import BinaryIO
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import atomic_output, cache_dir
 from remoe_edge.runtime.pin import Pin
 from remoe_edge.runtime.pip import run_pip
+
+_CONVERTER = ("convert_hf_to_gguf.py", "conversion", "gguf-py/gguf")
 
 
 def fetch_sdist(pin: Pin) -> Path:
@@ -32,9 +35,32 @@ def fetch_sdist(pin: Pin) -> Path:
     return sdist
 
 
-def unpack(sdist: Path, folder: Path) -> None:
+def vendored_converter(pin: Pin) -> Path:
+    """The pinned llama.cpp's converter of Hugging Face checkpoints, unpacked in the cache.
+
+    Returns the folder with ``convert_hf_to_gguf.py``, ``conversion/`` and ``gguf-py/``. Raises RemoeError as
+    `fetch_sdist` does.
+    """
+    folder = cache_dir() / "converter" / pin.sha256[:16]
+    if not folder.exists():
+        sdist = fetch_sdist(pin)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary:
+            vendored = Path("vendor", "llama.cpp")
+            unpack(sdist, Path(temporary), only=[vendored / name for name in _CONVERTER])
+            try:
+                (Path(temporary) / vendored).rename(folder)
+            except OSError:
+                # Another process was quicker, and unpacked the same.
+                if not folder.exists():
+                    raise
+    return folder
+
+
+def unpack(sdist: Path, folder: Path, only: Sequence[PurePath] = (PurePath(),)) -> None:
     """Unpack the regular files of an sdist into ``folder``, without the archive's top level.
 
+    ``only`` names files and folders in it, the top level left out; by default all.
     Raises RemoeError for links, devices and names that leave the folder.
     """
     with tarfile.open(sdist) as archive:
@@ -44,7 +70,10 @@ def unpack(sdist: Path, folder: Path) -> None:
                 continue
             if not member.isfile() or member.name.startswith("/") or ".." in parts or len(parts) < 2:
                 raise RemoeError(f"{sdist}: refusing to unpack {member.name!r}, which is not a plain file inside it")
-            target = folder.joinpath(*parts[1:])
+            inside = PurePosixPath(*parts[1:])
+            if not any(inside.is_relative_to(part) for part in only):
+                continue
+            target = folder / inside
             target.parent.mkdir(parents=True, exist_ok=True)
             content = archive.extractfile(member)
             assert content is not None
