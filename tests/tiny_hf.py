@@ -48,7 +48,8 @@ _QWEN: dict[str, Any] = {
     "moe_intermediate_size": 64,
 }
 _SIZES: dict[str, dict[str, Any]] = {
-    "olmoe": {"num_experts": EXPERTS, "num_hidden_layers": LAYERS, "intermediate_size": 64},
+    # llama.cpp takes no grouped-query attention here; released models have none.
+    "olmoe": {"num_experts": EXPERTS, "num_hidden_layers": LAYERS, "intermediate_size": 64, "num_key_value_heads": 4},
     "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {**_QWEN, "head_dim": 16, "norm_topk_prob": True},
     "deepseek_v2": {**_MLA, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
