@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from remoe_edge.device.sysfs import text
+from remoe_edge.device.sysfs import number, text
 
 # Debug file of the Jetson's memory manager: what the GPU holds, which no process's own count shows. Root only.
 _NVMAP = "sys/kernel/debug/nvmap/iovmm/clients"
+
+_V1 = "memory.limit_in_bytes", ("total_rss", "total_shmem")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,31 @@ def holders(root: Path = Path("/")) -> list[Holder]:
             held = sum(int(size) for size in sizes.values()) * 1024
             found.append(Holder(int(folder.name), name[1] if name else "?", held, gpu.get(int(folder.name), 0)))
     return sorted(found, key=lambda holder: -holder.total)
+
+
+def available(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: the least of what the machine and the memory cgroups above it leave.
+
+    Page cache can be dropped, so of a group only anonymous and shared memory counts as taken. As in
+    memory_available of llama-experts.cpp.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text(root / "proc/meminfo") or "", re.MULTILINE)
+    least = int(found[1]) * 1024 if found else 0
+    for line in (text(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = root / ("sys/fs/cgroup" if not controllers else "sys/fs/cgroup/memory")
+        limit_name, kinds = ("memory.max", ("anon", "shmem")) if not controllers else _V1
+        folder = base / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(base):
+                break
+            limit = number(group / limit_name)
+            if limit is not None:
+                stat = dict(re.findall(r"^(\w+) (\d+)$", text(group / "memory.stat") or "", re.MULTILINE))
+                least = min(least, max(0, limit - sum(int(stat.get(kind, 0)) for kind in kinds)))
+    return least
 
 
 def _gpu(root: Path) -> dict[int, int]:

@@ -152,6 +152,23 @@ class Layout:
             raise RemoeError(f"{self.path}: key '{key}' is of type {field.type.name}, expected an integer")
         return field.value
 
+    def integers(self, key: str, count: int) -> list[int] | None:
+        """`count` values, one per block, of a field that holds one for all of them or an array; None if there is none.
+
+        Raises RemoeError if it holds no integers, or fewer.
+        """
+        field = self.fields.get(key)
+        if field is None or field.type != GGUFValueType.ARRAY:
+            single = self.integer(key)
+            return None if single is None else [single] * count
+        form = _SCALARS.get(field.item_type or GGUFValueType.ARRAY, "")
+        if form[-1:] not in tuple("BbHhIiQq") or not count <= field.count <= MAX_ENTRIES:
+            item = field.item_type.name if field.item_type is not None else None
+            raise RemoeError(f"{self.path}: key '{key}' holds {field.count} of {item}, expected {count} integers")
+        with self.source.open() as descriptor:
+            data = self.source.read(descriptor, field.payload, field.count * struct.calcsize(form))
+        return [int(value) for (value,) in struct.iter_unpack(form, data)][:count]
+
     def text(self, key: str) -> str | None:
         """The value of a string field, None if there is none. Raises RemoeError if it is no string or too long."""
         field = self.fields.get(key)

@@ -16,7 +16,7 @@ from remoe_edge.report.figures import LIGHT, Figure, Palette, figures
 
 _WIDE, _NARROW = 540, 340
 """Widths in CSS pixels of drawings for two columns on a desktop, and for a telephone."""
-_PNG_DPI = 144
+PNG_DPI = 144
 _MARKER = "#0a0b{:02x}"
 _NAMES = ("text", "muted", "grid", "background", "mmap", "resident", *(f"series-{index}" for index in range(6)))
 # Colours that nobody would choose stand for CSS variables.
@@ -30,7 +30,7 @@ _THEMED = Palette(
 def svg(figure: Figure, *, narrow: bool) -> str:
     """An SVG element without a fixed size; colours are the CSS variables --text, --muted, --series-0 and so on."""
     width, height = (_NARROW if narrow else _WIDE), figure.height(narrow)
-    with _canvas(width, height) as drawing:
+    with canvas(width, height) as drawing:
         figure.draw(drawing.subplots(), _THEMED, narrow)
         buffer = io.StringIO()
         drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -55,7 +55,7 @@ def write_png(rows: Sequence[Row], path: Path, *, title: str) -> None:
     heights = [
         max((figure.height(False) for figure in shown[2 * line : 2 * line + 2]), default=1) for line in range(lines)
     ]
-    with _canvas(2 * _WIDE + 60, sum(heights) + 60 * lines + 50) as drawing:
+    with canvas(2 * _WIDE + 60, sum(heights) + 60 * lines + 50) as drawing:
         drawing.patch.set_facecolor(LIGHT.background)
         drawing.suptitle(title, fontsize=13, color=LIGHT.text, x=0.01, ha="left")
         grid = drawing.add_gridspec(lines, 2, height_ratios=heights)
@@ -66,11 +66,11 @@ def write_png(rows: Sequence[Row], path: Path, *, title: str) -> None:
             legend = axes.get_legend()
             above = -(-len(legend.get_texts()) // 2) if legend else 0
             axes.set_title(figure.title, fontsize=13, color=LIGHT.text, loc="left", pad=10 + 17 * above, weight="bold")
-        drawing.savefig(path, format="png", dpi=_PNG_DPI)
+        drawing.savefig(path, format="png", dpi=PNG_DPI)
 
 
 @contextmanager
-def _canvas(width: float, height: float) -> Iterator[Any]:
+def canvas(width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure whose points are CSS pixels."""
     # Slow to import, and needed nowhere else.
     import matplotlib

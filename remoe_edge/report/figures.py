@@ -98,7 +98,7 @@ def _distributions(rows: Sequence[Row]) -> Iterator[Figure]:
                     color=palette.text,
                     fontsize=11,
                 )
-        _style(axes, palette, grid="x")
+        style(axes, palette, grid="x")
         _scale(axes, "x", [float(value) for values in gaps for value in (values.min(), values.max())])
         axes.set_ylim(-0.5, top + (0.95 if narrow else 0.6))
         axes.set_yticks(range(len(rows)), [""] * len(rows) if narrow else [row_label(row, rows) for row in rows][::-1])
@@ -144,11 +144,11 @@ def _budgets(rows: Sequence[Row]) -> Iterator[Figure]:
                 linestyle="-" if row["model_path"] == models[0] else "--",
                 label=f"{row_label(row, rows)}, {format_ms(row['tpot_ms'])} ms",
             )
-        _style(axes, palette, grid="y")
+        style(axes, palette, grid="y")
         _scale(axes, "y", values)
         axes.set_xlabel("expert cache budget, MiB")
         axes.set_ylabel("ms per token")
-        _legend(axes, palette)
+        legend(axes, palette)
 
     limited = any(row["limit_ms"] for own in lines.values() for row in own)
     yield Figure(
@@ -221,7 +221,7 @@ def _bars(
                     color=palette.muted,
                     fontsize=11,
                 )
-        _style(axes, palette, grid=None)
+        style(axes, palette, grid=None)
         axes.set_xlim(0, max(values) * 1.16)
         axes.set_ylim(-0.6, len(shown) - (0.25 if narrow else 0.4))
         axes.set_yticks(positions, [""] * len(shown) if narrow else [row_label(row, rows) for row in shown])
@@ -251,12 +251,12 @@ def _layers(rows: Sequence[Row]) -> Iterator[Figure]:
                 linewidth=1.5,
                 label=row_label(row, rows),
             )
-        _style(axes, palette, grid="y")
+        style(axes, palette, grid="y")
         axes.set_ylim(0, 100)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("MoE layer")
         axes.set_ylabel("hits, %")
-        _legend(axes, palette)
+        legend(axes, palette)
 
     yield Figure(
         "layers",
@@ -292,7 +292,7 @@ def _power(rows: Sequence[Row]) -> Iterator[Figure]:
                 color=palette.text,
                 fontsize=11,
             )
-        _style(axes, palette, grid=None)
+        style(axes, palette, grid=None)
         axes.set_yticks([])
         axes.set_ylim(-peak * 0.12, (len(shown) - 1) * peak * 1.35 + peak * 1.35)
         axes.set_xlabel("seconds from the start of the prompt")
@@ -334,7 +334,7 @@ def _row_color(row: Row, rows: Sequence[Row], palette: Palette) -> str:
     return palette.series[lines.index(series_label(row, rows)) % len(palette.series)]
 
 
-def _style(axes: Any, palette: Palette, *, grid: str | None) -> None:
+def style(axes: Any, palette: Palette, *, grid: str | None) -> None:
     axes.set_facecolor("none")
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
@@ -368,7 +368,7 @@ def _scale(axes: Any, name: str, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Any, palette: Palette) -> None:
+def legend(axes: Any, palette: Palette) -> None:
     _, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         axes.legend(

@@ -208,7 +208,10 @@ def _pair(a: int, b: int) -> int:
 
 
 class Belady(Policy):
-    """The expert whose next use is farthest ahead leaves: the fewest misses any policy can have."""
+    """The expert whose next use is farthest ahead leaves: the fewest misses any policy can have.
+
+    Of experts that are next used by the same token, or never again, the lowest number leaves.
+    """
 
     def __init__(self, layer: Layer) -> None:
         self._uses: list[list[float]] = [[math.inf] for _ in range(layer.experts)]
@@ -221,7 +224,7 @@ class Belady(Policy):
             self._uses[expert].pop()
 
     def victim(self, candidates: Collection[int]) -> int:
-        return max(candidates, key=lambda expert: self._uses[expert][-1])
+        return max(candidates, key=lambda expert: (self._uses[expert][-1], -expert))
 
 
 POLICIES: dict[str, type[Policy]] = {"next-use": NextUse, "lfu": DecayedFrequency, "lru": LRU, "belady": Belady}
