@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,8 @@ class Observation:
     """[len(prompt) + n - 1, MoE layers, k]: the experts of every evaluated token; -1 where a layer was not computed."""
     logits: npt.NDArray[np.float32]
     """[n, vocabulary]: the logits that each token was taken from."""
+    router: npt.NDArray[np.float32]
+    """[len(prompt) + n - 1, MoE layers, experts]: the logits of every router; NaN where a layer was not computed."""
 
 
 class _TensorHead(ctypes.Structure):
@@ -40,27 +43,39 @@ class _TensorHead(ctypes.Structure):
 
 @dataclass
 class _Recorder:
-    """Collects the ids of one llama_decode, by block number."""
+    """Collects the ids and router logits of one llama_decode, by block number."""
 
     chosen: dict[int, list[npt.NDArray[np.int32]]] = field(default_factory=dict)
+    scores: dict[int, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
 
     def callback(self, address: int, ask: bool, _user_data: int | None) -> bool:
-        match = re.fullmatch(r"ffn_moe_topk-(\d+)", _ggml().ggml_get_name(address).decode())
-        if match and not ask:
-            self.chosen.setdefault(int(match[1]), []).append(_read_ids(address))
+        match = re.fullmatch(r"ffn_moe_(topk|logits)-(\d+)", _ggml().ggml_get_name(address).decode())
+        if match and not ask and match[1] == "topk":
+            self.chosen.setdefault(int(match[2]), []).append(_read(address, np.int32))
+        elif match and not ask:
+            self.scores.setdefault(int(match[2]), []).append(_read(address, np.float32))
         # When asked: whether this tensor is wanted. Afterwards: whether to go on.
         return match is not None or not ask
 
-    def take(self, tokens: int) -> npt.NDArray[np.int32]:
-        """[tokens, layers, k] of the last decode."""
-        layers = [np.concatenate(self.chosen[block]) for block in sorted(self.chosen)]
+    def take(self, tokens: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """[tokens, layers, k] and [tokens, layers, experts] of the last decode."""
+        found = (
+            _by_layer(self.chosen, tokens, np.int32(NOT_COMPUTED)),
+            _by_layer(self.scores, tokens, np.float32(np.nan)),
+        )
         self.chosen.clear()
-        k = layers[0].shape[1] if layers else 0
-        ids = np.full((tokens, len(layers), k), NOT_COMPUTED, dtype=np.int32)
-        for layer, chosen in enumerate(layers):
-            # The last layer computes only the tokens whose logits are wanted, here the last one.
-            ids[tokens - len(chosen) :, layer] = chosen
-        return ids
+        self.scores.clear()
+        return found
+
+
+def _by_layer(blocks: dict[int, list[Any]], tokens: int, blank: Any) -> npt.NDArray[Any]:
+    layers = [np.concatenate(blocks[block]) for block in sorted(blocks)]
+    width = layers[0].shape[1] if layers else 0
+    rows = np.full((tokens, len(layers), width), blank)
+    for layer, values in enumerate(layers):
+        # The last layer computes only the tokens whose logits are wanted, here the last one.
+        rows[tokens - len(values) :, layer] = values
+    return rows
 
 
 @cache
@@ -76,17 +91,17 @@ def _ggml() -> ctypes.CDLL:
     return library
 
 
-def _read_ids(address: int) -> npt.NDArray[np.int32]:
-    """[tokens, k] of a view on the first k columns of a longer row."""
+def _read(address: int, kind: Any) -> npt.NDArray[Any]:
+    """[tokens, k] of a tensor of four-byte numbers, possibly a view on the first k columns of a longer row."""
     head = _TensorHead.from_address(address)
     k, tokens = head.ne[0], head.ne[1]
     if tokens == 0:
         # A ubatch of a prompt without a token whose logits are wanted.
-        return np.empty((0, k), dtype=np.int32)
+        return np.empty((0, k), dtype=kind)
     size = (tokens - 1) * head.nb[1] + k * head.nb[0]
     data = (ctypes.c_uint8 * size)()
     _ggml().ggml_backend_tensor_get(address, data, 0, size)
-    ids = np.ndarray((tokens, k), dtype=np.int32, buffer=data, strides=(head.nb[1], head.nb[0]))
+    ids = np.ndarray((tokens, k), dtype=kind, buffer=data, strides=(head.nb[1], head.nb[0]))
     return ids.copy()
 
 
@@ -96,7 +111,7 @@ def observe_routing(
     n: int,
     *,
     forced: Sequence[int] = (),
-    overrides: Mapping[str, str | int] | None = None,
+    overrides: Mapping[str, str | int | float] | None = None,
     threads: int = 1,
     ubatch: int = 512,
     repack: bool = False,
@@ -137,7 +152,7 @@ def _observe(
     prompt: Sequence[int],
     n: int,
     forced: Sequence[int],
-    overrides: Mapping[str, str | int],
+    overrides: Mapping[str, str | int | float],
     threads: int,
     ubatch: int,
     repack: bool,
@@ -166,19 +181,20 @@ def _observe(
         if not context:
             raise RuntimeError(f"no context for {model}:\n{''.join(log)}")
         vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(handle))
-        ids, logits, tokens = [], np.empty((n, vocabulary), dtype=np.float32), []
+        taken, logits, tokens = [], np.empty((n, vocabulary), dtype=np.float32), []
         batch = list(prompt)
         for step in range(n):
             array = (llama_cpp.llama_token * len(batch))(*batch)
             status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(batch)))
             if status != 0:
                 raise RuntimeError(f"decode returned {status}:\n{''.join(log)}")
-            ids.append(recorder.take(len(batch)))
+            taken.append(recorder.take(len(batch)))
             row = llama_cpp.llama_get_logits_ith(context, -1)
             logits[step] = np.ctypeslib.as_array(row, shape=(vocabulary,))
             tokens.append(int(logits[step].argmax()))
             batch = [forced[step] if step < len(forced) else tokens[-1]]
-        return Observation(tokens, np.concatenate(ids), logits)
+        ids, router = (np.concatenate(rows) for rows in zip(*taken, strict=True))
+        return Observation(tokens, ids, logits, router)
     finally:
         if context:
             llama_cpp.llama_free(context)
@@ -205,7 +221,7 @@ def tokenize(model: Path, text: str) -> list[int]:
             llama_cpp.llama_model_free(handle)
 
 
-def _overrides(values: Mapping[str, str | int]) -> "ctypes.Array[ctypes.Structure] | None":
+def _overrides(values: Mapping[str, str | int | float]) -> "ctypes.Array[ctypes.Structure] | None":
     import llama_cpp
 
     if not values:
@@ -217,6 +233,9 @@ def _overrides(values: Mapping[str, str | int]) -> "ctypes.Array[ctypes.Structur
         if isinstance(value, str):
             override.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
             override.value.val_str = value.encode()
+        elif isinstance(value, float):
+            override.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_FLOAT
+            override.value.val_f64 = value
         else:
             override.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
             override.value.val_i64 = value

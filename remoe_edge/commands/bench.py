@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -21,7 +22,14 @@ from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
 from remoe_edge.report.labels import arm_name
 from remoe_edge.runtime.build import ensure_runtime
-from remoe_edge.runtime.llama import POLICIES, PREFETCHES, READ_MODES, default_threads
+from remoe_edge.runtime.llama import (
+    DEFAULT_ROUTE_KEEP,
+    MAX_ROUTE_BIAS,
+    POLICIES,
+    PREFETCHES,
+    READ_MODES,
+    default_threads,
+)
 from remoe_edge.sizes import format_size, parse_size
 
 _DEFAULT_PROMPT = "harbour.txt"
@@ -90,6 +98,21 @@ _TABLE_WIDTH = 160
     type=click.Choice(PREFETCHES),
     help="Read ahead what the next layer's router would choose now; may be repeated. [default: off]",
 )
+@click.option(
+    "--route-bias",
+    "route_biases",
+    metavar="LAMBDA",
+    multiple=True,
+    type=click.FloatRange(0, MAX_ROUTE_BIAS, min_open=True),
+    help="LOSSY, and measured beside the model's own routing: prefer experts in the cache by LAMBDA times the mean "
+    "range of the router's logits (arXiv 2412.00099); may be repeated.",
+)
+@click.option(
+    "--route-keep",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help=f"With --route-bias the router's own first N choices stay. [default: {DEFAULT_ROUTE_KEEP}]",
+)
 @click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
 @click.option(
     "--page-cache",
@@ -133,6 +156,8 @@ def command(
     policies: tuple[str, ...],
     read_modes: tuple[str, ...],
     prefetches: tuple[str, ...],
+    route_biases: tuple[float, ...],
+    route_keep: int | None,
     cache_threads: int | None,
     page_cache: str,
     power: str,
@@ -157,10 +182,17 @@ def command(
     over repetitions. The limit is what physics leaves: the larger of the resident run's TPOT and the bytes that had to
     be read over the storage's bandwidth, measured on the same file.
     """
-    of_cache = {"--policy": policies, "--io": read_modes, "--prefetch": prefetches, "--cache-threads": cache_threads}
+    of_cache = {
+        "--policy": policies,
+        "--io": read_modes,
+        "--prefetch": prefetches,
+        "--route-bias": route_biases,
+        "--cache-threads": cache_threads,
+    }
     for flag, given in of_cache.items():
         if given and baselines and not budgets:
             raise click.UsageError(f"{flag} has no effect without --budget.")
+    check_route_bias(route_biases, route_keep, prefetches)
     for flag, on in ("--force", force), ("--resume", resume):
         if on and output is None:
             raise click.UsageError(f"{flag} has no effect without --output.")
@@ -184,6 +216,8 @@ def command(
         policies=policies or (None,),
         read_modes=read_modes or (None,),
         prefetches=prefetches or (None,),
+        route_biases=(None, *route_biases),
+        route_keep=route_keep,
         cache_threads=cache_threads,
         page_cache=page_cache,
         power=power,
@@ -212,6 +246,16 @@ def command(
     print_table(result.rows, result.notes)
     if all(row["status"] not in ("ok", "invalid") for row in result.rows):
         raise RemoeError(f"no run succeeded: {result.rows[0]['reason']}")
+
+
+def check_route_bias(biases: Sequence[float], keep: int | None, prefetches: Sequence[str]) -> None:
+    """Refuse, before a model is loaded, what the runtime would refuse or what would have no effect."""
+    if keep is not None and not biases:
+        raise click.UsageError("--route-keep has no effect without --route-bias.")
+    if biases and "router" in prefetches:
+        raise click.UsageError(
+            "--route-bias and --prefetch router exclude each other: output would depend on how fast is read ahead."
+        )
 
 
 def _workload(name: str | None, prompts: int | None, text: str | None) -> Workload:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from remoe_edge.commands.bench import check_route_bias
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import refuse_existing
 from remoe_edge.gguf_io.layout import has_experts
@@ -15,6 +16,8 @@ from remoe_edge.parameters import model_path
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import (
+    DEFAULT_ROUTE_KEEP,
+    MAX_ROUTE_BIAS,
     POLICIES,
     PREFETCHES,
     READ_MODES,
@@ -48,6 +51,19 @@ _INTERRUPTED = 128 + signal.SIGINT
     type=click.Choice(PREFETCHES),
     help="Read ahead what the next layer's router would choose now. [default: off]",
 )
+@click.option(
+    "--route-bias",
+    metavar="LAMBDA",
+    type=click.FloatRange(0, MAX_ROUTE_BIAS, min_open=True),
+    help="LOSSY: prefer experts in the cache by LAMBDA times the mean range of the router's logits (arXiv 2412.00099): "
+    "fewer reads, other output. [default: the model's own routing]",
+)
+@click.option(
+    "--route-keep",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help=f"With --route-bias the router's own first N choices stay. [default: {DEFAULT_ROUTE_KEEP}]",
+)
 @click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
 @click.option(
     "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="Compute threads. [default: physical cores]"
@@ -80,6 +96,8 @@ def command(
     policy: str | None,
     io: str | None,
     prefetch: str | None,
+    route_bias: float | None,
+    route_keep: int | None,
     cache_threads: int | None,
     threads: int | None,
     n_ctx: int | None,
@@ -105,16 +123,28 @@ def command(
             "--policy": policy,
             "--io": io,
             "--prefetch": prefetch,
+            "--route-bias": route_bias,
             "--cache-threads": cache_threads,
         }
         _refuse(given, "with --expert-cache off")
+    check_route_bias([route_bias] if route_bias else [], route_keep, [prefetch] if prefetch else [])
     if temp == 0:
         _refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
     if force and trace is None:
         raise click.UsageError("--force has no effect without --trace.")
     if trace is not None:
         refuse_existing(trace, force)
-    config = CacheConfig(budget or ("auto" if has_experts(model) else "off"), policy, io, cache_threads, prefetch)
+    config = CacheConfig(
+        budget=budget or ("auto" if has_experts(model) else "off"),
+        policy=policy,
+        io=io,
+        threads=cache_threads,
+        prefetch=prefetch,
+        route_bias=route_bias,
+        route_keep=route_keep,
+    )
+    if route_bias and not config.enabled:
+        raise RemoeError(f"{model}: has no experts to prefer; leave out --route-bias")
     with stderr_progress() as report:
         ensure_runtime(report=report)
     with load_model(model, config, verbose=verbose) as loaded:

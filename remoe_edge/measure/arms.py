@@ -30,6 +30,9 @@ class Options:
         Of the expert cache: bytes ("880MiB"), slots per layer ("16s"), or "auto".
     policies, read_modes, prefetches, cache_threads
         Of the expert cache, as in `CacheConfig`; every budget is measured with every combination.
+    route_biases, route_keep
+        Lossy: other experts are chosen than the model's, as in `CacheConfig`; None: the model's own. Every budget is
+        measured with each.
     baselines
         "mmap": stock llama.cpp, experts in the page cache. "resident": all experts in memory, without a memory limit.
     repack
@@ -57,6 +60,8 @@ class Options:
     policies: Sequence[str | None] = (None,)
     read_modes: Sequence[str | None] = (None,)
     prefetches: Sequence[str | None] = (None,)
+    route_biases: Sequence[float | None] = (None,)
+    route_keep: int | None = None
     cache_threads: int | None = None
     page_cache: str = "cold"
     power: str = "auto"
@@ -67,7 +72,7 @@ class Options:
 class Arm:
     """One way to hold the experts of one model.
 
-    `budget`, `policy`, `read_mode` and `prefetch` are None except for "cache".
+    `budget`, `policy`, `read_mode`, `prefetch`, `route_bias` and `route_keep` are None except for "cache".
     """
 
     name: str
@@ -76,19 +81,32 @@ class Arm:
     policy: str | None = None
     read_mode: str | None = None
     prefetch: str | None = None
+    route_bias: float | None = None
+    route_keep: int | None = None
     repack: bool = False
 
     @property
     def label(self) -> str:
         prefetch = f"prefetch {self.prefetch}" if self.prefetch else None
-        parts = (self.name, self.budget, self.policy, self.read_mode, prefetch, "repacked" if self.repack else None)
+        bias = f"route bias {self.route_bias:g}" if self.route_bias else None
+        repacked = "repacked" if self.repack else None
+        parts = (self.name, self.budget, self.policy, self.read_mode, prefetch, bias, repacked)
         return f"{self.model.name}, {' '.join(part for part in parts if part)}"
 
     def cache(self, threads: int | None) -> CacheConfig:
         if self.budget is None:
             return CacheConfig("off")
         repack = "on" if self.repack else None
-        return CacheConfig(self.budget, self.policy, self.read_mode, threads, self.prefetch, repack)
+        return CacheConfig(
+            self.budget,
+            self.policy,
+            self.read_mode,
+            threads,
+            self.prefetch,
+            repack,
+            self.route_bias,
+            self.route_keep,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,8 +122,10 @@ def plan_arms(options: Options) -> list[Arm]:
     """The arms of all models, by model."""
     arms = []
     for model in options.models:
-        ways = product(options.budgets, options.policies, options.read_modes, options.prefetches)
-        arms += [Arm("cache", model, *way, repack=options.repack) for way in ways]
+        ways = product(options.budgets, options.policies, options.read_modes, options.prefetches, options.route_biases)
+        for budget, policy, read_mode, prefetch, bias in ways:
+            keep = None if bias is None else options.route_keep
+            arms.append(Arm("cache", model, budget, policy, read_mode, prefetch, bias, keep, options.repack))
         arms += [Arm(name, model, repack=options.repack and name == "resident") for name in options.baselines]
     return list(dict.fromkeys(arms))
 

@@ -25,6 +25,7 @@ _TOLD = {
     "kernels": "kernels",
     "policy": "policy",
     "read mode": "read_mode",
+    "first choices that a route bias keeps": "route_keep",
     "reader threads": "cache_threads",
     "slots per layer": "n_slots",
     "memory limit": "memory_limit_bytes",
@@ -118,7 +119,7 @@ def _match(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[tuple[Row, Row]
 
     keys: list[Callable[[Row], Hashable]] = [
         lambda row: (name(row), *arm_key(row)),
-        lambda row: (name(row), row["arm"], row["budget"], row["repack"]),
+        lambda row: (name(row), row["arm"], row["budget"], row["repack"], row.get("route_bias")),
     ]
     matched: dict[int, int] = {}
     for key in keys:

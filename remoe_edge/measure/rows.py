@@ -25,6 +25,7 @@ from remoe_edge.measure.stats import Ratio, bootstrap_ci95, paired_ratio
 from remoe_edge.measure.storage import Bandwidth
 from remoe_edge.measure.worker import DecodeRun
 from remoe_edge.measure.workloads import Workload
+from remoe_edge.runtime.llama import DEFAULT_ROUTE_KEEP
 
 Row = dict[str, Any]
 
@@ -52,6 +53,13 @@ def make_row(
         "model_path": str(arm.model),
         "model_fingerprint": fingerprint,
         "budget": arm.budget,
+        # Not null: lossy, other experts were chosen than the model's.
+        "route_bias": arm.route_bias,
+        "route_keep": None
+        if arm.route_bias is None
+        else DEFAULT_ROUTE_KEEP
+        if arm.route_keep is None
+        else arm.route_keep,
         "repetitions": len({record.turn.repetition for record in measured}),
         "workload": workload.name,
         "prompts": [prompt.name for prompt in workload.prompts],
@@ -327,7 +335,10 @@ def _references(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
 
 def arm_key(row: Row) -> tuple[Any, ...]:
     """What makes rows of different models or benchmarks comparable: the same way to hold the experts."""
-    return tuple(row.get(name) for name in ("arm", "budget", "policy", "read_mode", "prefetch", "repack"))
+    return tuple(
+        row.get(name)
+        for name in ("arm", "budget", "policy", "read_mode", "prefetch", "route_bias", "route_keep", "repack")
+    )
 
 
 def read_rows(path: Path) -> list[Row]:

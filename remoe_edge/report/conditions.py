@@ -57,6 +57,16 @@ def _limit(row: Row) -> str:
     return "none" if limit is None else f"{format_mib(limit)} (control group v{row['cgroup']})"
 
 
+def _routing(row: Row) -> str:
+    """Empty for the model's own."""
+    if row.get("route_bias") is None:
+        return ""
+    return (
+        f"lossy: experts in the cache are preferred (bias {row['route_bias']:g}, the router's first "
+        f"{row['route_keep']} stay)"
+    )
+
+
 def _model(row: Row) -> str:
     text = Path(row["model_path"]).name
     return f"{text}: {row['model_type']}, {format_mib(row['model_size'])}" if row["model_type"] else text
@@ -74,6 +84,7 @@ _CONDITIONS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("Page cache before a run", _field("page_cache")),
     ("Storage", _storage),
     ("Cache policy, reads", lambda row: f"{row['policy']}, {row['read_mode']}" if row["policy"] else ""),
+    ("Routing", _routing),
     ("Power sensor", _field("power_sensor")),
     ("llama.cpp, patches", lambda row: f"{row['build_commit']}, {(row['patch_hash'] or 'unknown')[:12]}"),
     ("Measured", _field("test_time", lambda text: str(text[:10]))),

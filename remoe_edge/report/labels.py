@@ -20,6 +20,11 @@ def arm_name(row: Row, rows: Sequence[Row] = ()) -> str:
             values = {other.get(key) for other in rows if other["arm"] == "cache" and other.get(key) is not None}
             if len(values) > 1 and row.get(key) is not None:
                 name += f" {prefix}{row[key]}" if row[key] != "off" else " no prefetch"
+        # Told even where all have it: the output is not the model's.
+        if row.get("route_bias") is not None:
+            name += f" route bias {row['route_bias']:g}" + (
+                f" keep {row['route_keep']}" if row["route_keep"] != 1 else ""
+            )
     elif row["kernels"] == "repack" or row.get("repack"):
         name += " repacked"
     return name

@@ -21,7 +21,8 @@ def headline(rows: Sequence[Row]) -> str:
     model = Path(best["model_path"]).stem
     if best["arm"] != "cache":
         return f"{model}, {arm_name(best)}: {format_ms(best['tpot_ms'])} ms per token."
-    text = f"{model} with {budget_name(best)} of expert cache: {format_ms(best['tpot_ms'])} ms per token"
+    lossy = f" and a route bias of {best['route_bias']:g} (lossy)" if _is_lossy(best) else ""
+    text = f"{model} with {budget_name(best)} of expert cache{lossy}: {format_ms(best['tpot_ms'])} ms per token"
     mmap = best["paired_ratios"].get("mmap")
     return f"{text}, {_times(_ratio(mmap))} stock mmap." if mmap else f"{text}."
 
@@ -53,12 +54,22 @@ def lead(rows: Sequence[Row]) -> str:
 def _best(rows: Sequence[Row]) -> Row | None:
     measured = [row for row in rows if row["status"] == "ok"]
     cached = [row for row in measured if row["arm"] == "cache"]
-    return min(cached or measured, key=lambda row: float(row["tpot_ms"]), default=None)
+    exact = [row for row in cached if not _is_lossy(row)]
+    return min(exact or cached or measured, key=lambda row: float(row["tpot_ms"]), default=None)
+
+
+def _is_lossy(row: Row) -> bool:
+    """Whether other experts were chosen than the model's; older rows do not say."""
+    return row.get("route_bias") is not None
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
     """What else a reader must know: the second model, exactness, failures, and how far the figures carry."""
-    sentences = _second_model(rows) + _exactness(rows)
+    exact, lossy = ([row for row in rows if _is_lossy(row) == is_lossy] for is_lossy in (False, True))
+    sentences = _second_model(rows) + _exactness(exact)
+    if lossy:
+        names = _join(list(dict.fromkeys(row_label(row, rows) for row in lossy)))
+        sentences.append(f"Lossy, with other experts than the model's and another output: {names}.")
     for row in rows:
         if row["status"] != "ok":
             sentences.append(f"{row_label(row, rows)} {row['status']}: {row['reason']}.".replace("..", "."))

@@ -30,6 +30,8 @@ Logits = npt.NDArray[np.float32]
 POLICIES = ("next-use", "lfu", "lru")
 """Replacement policies of the runtime; the first is its default."""
 
+MAX_ROUTE_BIAS = 4.0
+DEFAULT_ROUTE_KEEP = 1
 READ_MODES = ("auto", "direct", "mmap")
 PREFETCHES = ("off", "router")
 
@@ -63,6 +65,10 @@ class CacheConfig:
         "router": read ahead what the next layer's router would choose now; "off".
     repack
         "on" or "off": use this CPU's repacked kernels; "auto": if the budget holds all experts.
+    route_bias, route_keep
+        Lossy (cache-prior, arXiv 2412.00099): when one token is evaluated alone, routers prefer experts in the cache by
+        `route_bias`, above 0 and at most `MAX_ROUTE_BIAS`, times the mean range of their logits; their own first
+        `route_keep` choices stay. None: routing is the model's own, and the output exact.
     """
 
     budget: str = "auto"
@@ -71,6 +77,8 @@ class CacheConfig:
     threads: int | None = None
     prefetch: str | None = None
     repack: str | None = None
+    route_bias: float | None = None
+    route_keep: int | None = None
 
     @property
     def enabled(self) -> bool:
@@ -93,6 +101,9 @@ class CacheInfo:
     io: str
     kernels: str
     prefetch: str = "off"
+    route_bias: float | None = None
+    """None: routing is the model's own. See `CacheConfig`."""
+    route_keep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,8 @@ class _Info(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("budget", "used", "floor", "expert_bytes")),
         *((name, ctypes.c_uint32) for name in ("n_layers", "n_slots", "n_threads")),
         *((name, ctypes.c_char_p) for name in ("policy", "io", "kernels", "prefetch")),
+        ("route_bias", ctypes.c_double),
+        ("route_keep", ctypes.c_int32),
     )
 
 
@@ -152,7 +165,7 @@ def _llama() -> Any:
             ("llama_expert_cache_reset_stats", None, [pointer]),
             ("llama_expert_cache_last_error", ctypes.c_char_p, [pointer]),
             ("llama_expert_cache_flip_byte", ctypes.c_bool, [pointer, ctypes.c_int32]),
-            ("llama_expert_trace_start", ctypes.c_bool, [pointer, ctypes.c_char_p]),
+            ("llama_expert_trace_start", ctypes.c_bool, [pointer, ctypes.c_char_p, ctypes.c_bool]),
             ("llama_expert_trace_stop", ctypes.c_bool, [pointer]),
         ):
             function = getattr(library, name)
@@ -325,7 +338,10 @@ class Model:
         raw = _Info()
         if not _llama()._lib.llama_expert_cache_get_info(self._model, ctypes.byref(raw), ctypes.sizeof(raw)):
             return None
-        return CacheInfo(*(_value(getattr(raw, name)) for name in CacheInfo.__dataclass_fields__))
+        values = {name: _value(getattr(raw, name)) for name in CacheInfo.__dataclass_fields__}
+        if not raw.route_bias:
+            values["route_bias"] = values["route_keep"] = None
+        return CacheInfo(**values)
 
     def stats(self, layer: int | None = None) -> CacheStats | None:
         """Counters of one MoE layer, from 0, or of all; None without a cache or such a layer."""
@@ -509,9 +525,14 @@ class Session(Model):
         self._stop_callback = kind(lambda _: wanted()) if wanted else kind()
         _llama().llama_set_abort_callback(self._context, self._stop_callback, None)
 
-    def trace_start(self, path: Path) -> None:
-        """Record which experts each layer chooses; `path` appears at `trace_stop`, or when the session ends."""
-        if not _llama()._lib.llama_expert_trace_start(self._context, os.fsencode(path)):
+    def trace_start(self, path: Path, *, probs: bool = False) -> None:
+        """Record which experts each layer chooses; `path` appears at `trace_stop`, or when the session ends.
+
+        With `probs` also what the router gave each of them, before weights are normalised and scaled: its softmax or
+        sigmoid over all experts, in gpt-oss the softmax over the chosen ones.
+        """
+        _log.clear()
+        if not _llama()._lib.llama_expert_trace_start(self._context, os.fsencode(path), probs):
             raise RemoeError(f"{path}: {_log.reason('the recording could not be started')}")
 
     def trace_stop(self) -> None:
@@ -589,15 +610,17 @@ def _value(field: Any) -> Any:
     return field.decode() if isinstance(field, bytes) else field
 
 
-def cache_overrides(config: CacheConfig) -> dict[str, str | int]:
+def cache_overrides(config: CacheConfig) -> dict[str, str | int | float]:
     """The key-value overrides by which the runtime takes a configuration; budget "off" is one, too."""
-    values: dict[str, str | int | None] = {
+    values: dict[str, str | int | float | None] = {
         "expert_cache.budget": config.budget,
         "expert_cache.policy": config.policy,
         "expert_cache.io": config.io,
         "expert_cache.threads": config.threads,
         "expert_cache.prefetch": config.prefetch,
         "expert_cache.repack": config.repack,
+        "expert_cache.route_bias": config.route_bias,
+        "expert_cache.route_keep": config.route_keep,
     }
     given = {key: value for key, value in values.items() if value is not None}
     for key, value in given.items():
@@ -615,6 +638,8 @@ def _overrides(config: CacheConfig) -> Any:
         entry.key = key.encode()
         if isinstance(value, int):
             entry.tag, entry.value.val_i64 = llama.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        elif isinstance(value, float):
+            entry.tag, entry.value.val_f64 = llama.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
         else:
             entry.tag, entry.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
     return overrides

@@ -37,6 +37,12 @@ void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, c
     kv.val_i64 = value;
 }
 
+void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, const std::string & key, double value) {
+    auto & kv  = find_or_add(overrides, key);
+    kv.tag     = LLAMA_KV_OVERRIDE_TYPE_FLOAT;
+    kv.val_f64 = value;
+}
+
 void common_expert_cache_from_env(std::vector<llama_model_kv_override> & overrides) {
     if (const char * value = std::getenv("LLAMA_ARG_EXPERT_CACHE")) {
         common_expert_cache_set(overrides, "budget", value);
@@ -66,7 +72,7 @@ void common_expert_cache_check(const std::vector<llama_model_kv_override> & over
     const bool any    = std::any_of(overrides.begin(), overrides.end(), is_mine);
     const bool budget = std::any_of(overrides.begin(), overrides.end(), [](const auto & kv) { return PREFIX + "budget" == kv.key; });
     if (any && !budget) {
-        throw std::invalid_argument("error: --expert-cache-policy, -io, -threads, -repack and --expert-prefetch have no effect without --expert-cache\n");
+        throw std::invalid_argument("error: --expert-cache-policy, -io, -threads, -repack, --expert-prefetch, --expert-route-bias and -keep have no effect without --expert-cache\n");
     }
 }
 

@@ -11,8 +11,9 @@
 // set expert_cache.<key>, in place of a value that is there already (the environment is read before the arguments)
 void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, const std::string & key, const std::string & value);
 void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, const std::string & key, int64_t value);
+void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, const std::string & key, double value);
 
-// the environment variables LLAMA_ARG_EXPERT_CACHE*, for tools without common_arg
+// the environment variables LLAMA_ARG_EXPERT_CACHE*, for tools without common_arg; none of them sets a route bias
 void common_expert_cache_from_env(std::vector<llama_model_kv_override> & overrides);
 
 // throws std::invalid_argument if there are expert_cache.* keys and no budget: they would have no effect

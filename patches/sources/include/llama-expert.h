@@ -13,9 +13,17 @@
 // llama_model_params.kv_overrides:
 //
 //   expert_cache.budget   str  "880MiB" (bytes for slots and metadata), "16s" (slots per layer), "auto", "off"
-//   expert_cache.policy   str  "lfu" (decayed frequency) or "lru"
+//   expert_cache.policy   str  "next-use", "lfu" (decayed frequency) or "lru"
 //   expert_cache.io       str  "auto", "direct" (O_DIRECT), "mmap" (through the page cache)
 //   expert_cache.threads  int  reader threads
+//   expert_cache.prefetch str  "off", "router"
+//   expert_cache.repack   str  "auto", "on", "off"
+//
+// and, at the price of the exactness:
+//
+//   expert_cache.route_bias  float  above 0, at most 4: when a token comes alone, routers prefer experts in the cache
+//                                   (cache-prior, arXiv 2412.00099; llama-expert-bias.h)
+//   expert_cache.route_keep  int    the router's own first choices always stay (default: 1)
 
 #ifdef __cplusplus
 extern "C" {
@@ -34,6 +42,8 @@ struct llama_expert_cache_info {
     const char * io;            // "direct", "mmap"
     const char * kernels;       // "plain": expert weights as they are in the file; "repack": in the layout of this CPU's kernels
     const char * prefetch;      // "off", "router"
+    double       route_bias;    // 0: routing is the model's own, the output exact
+    int32_t      route_keep;
 };
 
 // counters since load or the last reset
@@ -67,9 +77,11 @@ LLAMA_API const char * llama_expert_cache_last_error(const struct llama_model * 
 LLAMA_API bool llama_expert_cache_flip_byte(struct llama_model * model, int32_t il);
 
 // record the expert ids that every MoE layer chooses in this context into an .npz routing trace:
-// ids [tokens, layers, k] uint16 (65535: not computed, as for prompt tokens in the last layer), offs [2], meta.
+// ids [tokens, layers, k] uint16 (65535: not computed, as for prompt tokens in the last layer), offs [sequences + 1],
+// meta, and with probs: probs [tokens, layers, k] float32, what the router gave each of them before the weights are
+// normalised and scaled: its softmax or sigmoid over all experts, in gpt-oss the softmax over the chosen ones.
 // The file appears whole when the recording is stopped or the context is freed.
-LLAMA_API bool llama_expert_trace_start(struct llama_context * ctx, const char * path);
+LLAMA_API bool llama_expert_trace_start(struct llama_context * ctx, const char * path, bool probs);
 LLAMA_API bool llama_expert_trace_stop(struct llama_context * ctx);
 
 #ifdef __cplusplus

@@ -586,6 +586,22 @@ void llama_expert_cache::leave(int expert) {
 // readers
 //
 
+std::vector<bool> llama_expert_cache::resident(int ig) {
+    std::unique_lock<std::mutex> lock(mutex);
+
+    group & g = groups[ig];
+    if (g.dirty) {
+        // a slot that was streamed through, or whose read failed: what is in it now?
+        cv_ready.wait(lock, [&g] { return g.n_loading == 0 && g.n_ahead == 0; });
+        settle(g);
+    }
+    std::vector<bool> res(g.desc.n_expert);
+    for (int e = 0; e < g.desc.n_expert; e++) {
+        res[e] = g.slot_of[e] != -1;
+    }
+    return res;
+}
+
 void llama_expert_cache::read_ahead(int ig, std::vector<int> experts) {
     std::lock_guard<std::mutex> lock(mutex);
 

@@ -133,6 +133,10 @@ public:
     // failed. Every thread gets every expert once. The address holds until the thread's next call.
     int next(int ith, const void ** data);
 
+    // [n_expert] which experts have a slot before the next call of group ig. Without read_ahead() this follows from the
+    // calls alone, not from the time that reads take.
+    std::vector<bool> resident(int ig);
+
     // the experts that group ig will probably need at its next call, most likely first; the last word counts
     void read_ahead(int ig, std::vector<int> experts);
 

@@ -4,6 +4,7 @@
 
 #include "llama-batch.h"
 #include "llama-context.h"
+#include "llama-experts.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
@@ -100,16 +101,29 @@ static size_t ids_data_start() {
 // llama_expert_trace
 //
 
-llama_expert_trace::llama_expert_trace(const std::string & path, const std::string & model, int n_expert, ggml_backend_sched_eval_callback cb_next, void * cb_next_user_data)
-        : cb_next(cb_next), cb_next_user_data(cb_next_user_data), path(path), model(model), n_expert(n_expert) {
+llama_expert_trace::llama_expert_trace(
+    const std::string &              path,
+    const std::string &              model,
+    const std::string &              meta_more,
+    int                              n_expert,
+    bool                             with_probs,
+    ggml_backend_sched_eval_callback cb_next,
+    void *                           cb_next_user_data) : cb_next(cb_next), cb_next_user_data(cb_next_user_data), path(path), model(model), meta_more(meta_more), n_expert(n_expert) {
 #ifndef _WIN32
     path_tmp = path + ".tmp-" + std::to_string(getpid());
 #else
     path_tmp = path + ".tmp";
 #endif
+    path_tmp_probs = path_tmp + "-probs";
+
     file = fopen(path_tmp.c_str(), "w+b");
-    if (!file) {
-        throw std::runtime_error("cannot write the expert trace " + path_tmp + ": " + strerror(errno));
+    if (file && with_probs) {
+        file_probs = fopen(path_tmp_probs.c_str(), "w+b");
+    }
+    if (!file || (with_probs && !file_probs)) {
+        const std::string reason = strerror(errno);
+        discard();
+        throw std::runtime_error("cannot write the expert trace " + path_tmp + ": " + reason);
     }
     const std::string blank(ids_data_start(), '\0');
     if (fwrite(blank.data(), 1, blank.size(), file) != blank.size()) {
@@ -118,9 +132,19 @@ llama_expert_trace::llama_expert_trace(const std::string & path, const std::stri
 }
 
 llama_expert_trace::~llama_expert_trace() {
+    discard();
+}
+
+void llama_expert_trace::discard() {
     if (file) {
         fclose(file);
         remove(path_tmp.c_str());
+        file = nullptr;
+    }
+    if (file_probs) {
+        fclose(file_probs);
+        remove(path_tmp_probs.c_str());
+        file_probs = nullptr;
     }
 }
 
@@ -134,30 +158,21 @@ void llama_expert_trace::fail(const std::string & text) {
 bool llama_expert_trace::eval_callback(ggml_tensor * t, bool ask, void * user_data) {
     auto * self = (llama_expert_trace *) user_data;
 
-    int        il   = -1;
-    const bool mine = sscanf(t->name, "ffn_moe_topk-%d", &il) == 1;
+    int il = -1;
+
+    const bool is_ids = sscanf(t->name, "ffn_moe_topk-%d", &il) == 1;
+    // where the router's values are logits, their softmax over the chosen experts comes later and takes their place
+    const bool is_softmax = !is_ids && self->file_probs && sscanf(t->name, "ffn_moe_weights_softmax-%d", &il) == 1;
+    const bool is_probs   = is_softmax || (!is_ids && self->file_probs && sscanf(t->name, "ffn_moe_weights-%d", &il) == 1);
 
     if (ask) {
-        return mine || (self->cb_next && self->cb_next(t, true, self->cb_next_user_data));
+        return is_ids || is_probs || (self->cb_next && self->cb_next(t, true, self->cb_next_user_data));
     }
-    if (mine && self->chosen.count(il) == 0) {
-        // the ids are a strided view of the sorted experts
-        const int64_t n_ids = t->ne[0];
-        const int64_t n_row = t->ne[1];
-
-        std::vector<int32_t>  row(n_ids);
-        std::vector<uint16_t> ids;
-        for (int64_t i = 0; i < n_row; i++) {
-            ggml_backend_tensor_get(t, row.data(), i * t->nb[1], n_ids * sizeof(int32_t));
-            ids.insert(ids.end(), row.begin(), row.end());
-        }
-        if (self->n_ids == 0) {
-            self->n_ids = n_ids;
-        }
-        if (self->n_ids != n_ids) {
-            self->fail("layers use different numbers of experts");
-        }
-        self->chosen[il] = std::move(ids);
+    if (is_ids && self->chosen.count(il) == 0) {
+        self->take_ids(il, t);
+    }
+    if (is_probs && (is_softmax || self->probs.count(il) == 0)) {
+        self->take_probs(il, t);
     }
     if (self->cb_next && self->cb_next(t, true, self->cb_next_user_data)) {
         return self->cb_next(t, false, self->cb_next_user_data);
@@ -165,8 +180,38 @@ bool llama_expert_trace::eval_callback(ggml_tensor * t, bool ask, void * user_da
     return true;
 }
 
+void llama_expert_trace::take_ids(int il, const ggml_tensor * t) {
+    // the ids are a strided view of the sorted experts
+    const int64_t n_row = t->ne[1];
+
+    std::vector<int32_t>  row(t->ne[0]);
+    std::vector<uint16_t> ids;
+    for (int64_t i = 0; i < n_row; i++) {
+        ggml_backend_tensor_get(t, row.data(), i * t->nb[1], row.size() * sizeof(int32_t));
+        ids.insert(ids.end(), row.begin(), row.end());
+    }
+    if (n_ids == 0) {
+        n_ids = t->ne[0];
+    }
+    if (n_ids != t->ne[0]) {
+        fail("layers use different numbers of experts");
+    }
+    chosen[il] = std::move(ids);
+}
+
+void llama_expert_trace::take_probs(int il, const ggml_tensor * t) {
+    if (t->type != GGML_TYPE_F32 || !ggml_is_contiguous(t)) {
+        fail(std::string("the router's probabilities ") + t->name + " are not plain floats");
+        return;
+    }
+    auto & values = probs[il];
+    values.resize(ggml_nelements(t));
+    ggml_backend_tensor_get(t, values.data(), 0, values.size() * sizeof(float));
+}
+
 void llama_expert_trace::begin_ubatch() {
     chosen.clear();
+    probs.clear();
 }
 
 void llama_expert_trace::end_ubatch(const llama_ubatch & ubatch) {
@@ -190,10 +235,16 @@ void llama_expert_trace::end_ubatch(const llama_ubatch & ubatch) {
 
     const size_t          n_rows = ubatch.n_tokens;
     std::vector<uint16_t> out(n_rows * n_layers * n_ids, NOT_COMPUTED);
+    std::vector<float>    out_probs(file_probs ? out.size() : 0, 0.0f);
 
     int i_layer = 0;
     for (const auto & [il, ids] : chosen) {
         const size_t n_computed = ids.size() / n_ids;
+
+        if (file_probs && probs[il].size() != ids.size()) {
+            fail("layer " + std::to_string(il) + " shows no probabilities of its experts");
+            return;
+        }
 
         // the last layer is evaluated for the tokens whose logits are wanted only
         size_t i_row = 0;
@@ -201,12 +252,17 @@ void llama_expert_trace::end_ubatch(const llama_ubatch & ubatch) {
             if (n_computed < n_rows && !ubatch.output[it]) {
                 continue;
             }
-            memcpy(&out[(it * n_layers + i_layer) * n_ids], &ids[i_row * n_ids], n_ids * sizeof(uint16_t));
+            const size_t dst = (it * n_layers + i_layer) * n_ids;
+            memcpy(&out[dst], &ids[i_row * n_ids], n_ids * sizeof(uint16_t));
+            if (file_probs) {
+                memcpy(&out_probs[dst], &probs[il][i_row * n_ids], n_ids * sizeof(float));
+            }
             i_row++;
         }
         i_layer++;
     }
-    if (fwrite(out.data(), sizeof(uint16_t), out.size(), file) != out.size()) {
+    if (fwrite(out.data(), sizeof(uint16_t), out.size(), file) != out.size() ||
+        (file_probs && fwrite(out_probs.data(), sizeof(float), out_probs.size(), file_probs) != out_probs.size())) {
         fail(strerror(errno));
     }
     n_tokens += n_rows;
@@ -222,21 +278,23 @@ bool llama_expert_trace::finish() {
     }
     offs.push_back(n_tokens);
 
+    const std::string shape    = std::to_string(n_tokens) + ", " + std::to_string(n_layers) + ", " + std::to_string(n_ids);
+    const uint64_t    n_values = (uint64_t) n_tokens * n_layers * n_ids;
+    if (n_values * (sizeof(uint16_t) + (file_probs ? sizeof(float) : 0)) >= 0xffff0000u) {
+        fail("more than 4 GiB");
+        return false;
+    }
     std::vector<zip_entry> entries = { ENTRY_IDS };
+    std::vector<uint8_t>   buf(1 << 20);
 
     // ids: the header, then the checksum over what is in the file
     {
         zip_entry &       e      = entries[0];
-        const std::string header = npy_header("<u2", std::to_string(n_tokens) + ", " + std::to_string(n_layers) + ", " + std::to_string(n_ids));
+        const std::string header = npy_header("<u2", shape);
 
-        e.size = header.size() + (uint64_t) n_tokens * n_layers * n_ids * sizeof(uint16_t);
-        if (e.size >= 0xffffffffu) {
-            fail("more than 4 GiB");
-            return false;
-        }
-        e.crc = crc32_update(0, header.data(), header.size());
+        e.size = header.size() + n_values * sizeof(uint16_t);
+        e.crc  = crc32_update(0, header.data(), header.size());
 
-        std::vector<uint8_t> buf(1 << 20);
         fflush(file);
         fseek(file, ids_data_start(), SEEK_SET);
         for (size_t n; (n = fread(buf.data(), 1, buf.size(), file)) > 0;) {
@@ -255,6 +313,25 @@ bool llama_expert_trace::finish() {
         entries.push_back(e);
     };
 
+    if (file_probs) {
+        const std::string header = npy_header("<f4", shape);
+        zip_entry         e      = { "probs.npy", (uint64_t) ftell(file), header.size() + n_values * sizeof(float), crc32_update(0, header.data(), header.size()) };
+
+        // read twice: the checksum comes before the values
+        fflush(file_probs);
+        fseek(file_probs, 0, SEEK_SET);
+        for (size_t n; (n = fread(buf.data(), 1, buf.size(), file_probs)) > 0;) {
+            e.crc = crc32_update(e.crc, buf.data(), n);
+        }
+        const std::string head = zip_local(e) + header;
+        fwrite(head.data(), 1, head.size(), file);
+        fseek(file_probs, 0, SEEK_SET);
+        for (size_t n; (n = fread(buf.data(), 1, buf.size(), file_probs)) > 0;) {
+            fwrite(buf.data(), 1, n, file);
+        }
+        entries.push_back(e);
+    }
+
     std::string data = npy_header("<i8", std::to_string(offs.size()) + ",");
     for (const int64_t o : offs) {
         put(data, o, 8);
@@ -266,7 +343,7 @@ bool llama_expert_trace::finish() {
         name += c < 0x20 || c == '"' || c == '\\' || (unsigned char) c > 0x7e ? '?' : c;
     }
     const std::string meta = "{\"model\": \"" + name + "\", \"layers\": " + std::to_string(n_layers) + ", \"experts\": " + std::to_string(n_expert) +
-        ", \"top_k\": " + std::to_string(n_ids) + ", \"phase\": \"recorded\", \"source\": \"llama.cpp --expert-trace\", \"licence\": \"\"}";
+        ", \"top_k\": " + std::to_string(n_ids) + ", \"phase\": \"recorded\", " + meta_more + "\"source\": \"llama.cpp --expert-trace\", \"licence\": \"\"}";
     data = npy_header("<U" + std::to_string(meta.size()), "");
     for (const char c : meta) {
         put(data, (uint8_t) c, 4);
@@ -296,7 +373,7 @@ bool llama_expert_trace::finish() {
     put(dir, 0, 2);
     fwrite(dir.data(), 1, dir.size(), file);
 
-    bool ok = fflush(file) == 0 && !ferror(file);
+    bool ok = fflush(file) == 0 && !ferror(file) && !(file_probs && ferror(file_probs));
 #ifndef _WIN32
     ok = ok && fsync(fileno(file)) == 0;
 #endif
@@ -307,6 +384,7 @@ bool llama_expert_trace::finish() {
         fail(strerror(errno));
         remove(path_tmp.c_str());
     }
+    discard();
     return ok;
 }
 
@@ -314,21 +392,25 @@ bool llama_expert_trace::finish() {
 // C API
 //
 
-bool llama_expert_trace_start(llama_context * ctx, const char * path) {
-    return ctx->expert_trace_start(path);
+bool llama_expert_trace_start(llama_context * ctx, const char * path, bool probs) {
+    return ctx->expert_trace_start(path, probs);
 }
 
 bool llama_expert_trace_stop(llama_context * ctx) {
     return ctx->expert_trace_stop();
 }
 
-bool llama_context::expert_trace_start(const char * path) {
+bool llama_context::expert_trace_start(const char * path, bool probs) {
     expert_trace_stop();
     try {
         char desc[128];
         llama_model_desc(&model, desc, sizeof(desc));
 
-        expert_trace = std::make_unique<llama_expert_trace>(path, model.name + " (" + desc + ")", model.hparams.n_expert, cparams.cb_eval, cparams.cb_eval_user_data);
+        std::string meta_more; // whoever reads the trace has to know that it is not the model's own routing
+        if (cparams.expert_bias) {
+            meta_more = format("\"route_bias\": %g, \"route_keep\": %d, ", cparams.expert_bias->config.route_bias, cparams.expert_bias->config.route_keep);
+        }
+        expert_trace = std::make_unique<llama_expert_trace>(path, model.name + " (" + desc + ")", meta_more, model.hparams.n_expert, probs, cparams.cb_eval, cparams.cb_eval_user_data);
     } catch (const std::exception & e) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
         return false;

@@ -11,12 +11,20 @@
 
 struct llama_ubatch;
 
-// Records the experts that every MoE layer chooses into an .npz routing trace (ids, offs, meta). Listens to the
-// scheduler's eval callback, so that it works on every backend, with and without the expert cache, and costs nothing
+// Records the experts that every MoE layer chooses, and the router's probabilities of them if asked to, into an .npz
+// routing trace (ids, probs, offs, meta; see llama-expert.h). Listens to the scheduler's eval callback, so that it works on every backend, with and without the expert cache, and costs nothing
 // when it is off.
 struct llama_expert_trace {
     // path appears when finish() succeeds, until then the ids are in a file beside it; throws std::runtime_error
-    llama_expert_trace(const std::string & path, const std::string & model, int n_expert, ggml_backend_sched_eval_callback cb_next, void * cb_next_user_data);
+    // meta_more: JSON members for the trace's meta, each followed by ", "
+    llama_expert_trace(
+        const std::string &              path,
+        const std::string &              model,
+        const std::string &              meta_more,
+        int                              n_expert,
+        bool                             with_probs,
+        ggml_backend_sched_eval_callback cb_next,
+        void *                           cb_next_user_data);
     ~llama_expert_trace(); // discards what is not finished
 
     llama_expert_trace(const llama_expert_trace &)             = delete;
@@ -40,9 +48,12 @@ private:
 
     std::string path;
     std::string path_tmp;
+    std::string path_tmp_probs;
     std::string model;
+    std::string meta_more;
     std::string err;
-    FILE *      file = nullptr;
+    FILE *      file       = nullptr;
+    FILE *      file_probs = nullptr; // their values alone; null: not wanted
 
     int     n_expert = 0;
     int     n_layers = 0; // MoE layers, known after the first ubatch
@@ -53,6 +64,11 @@ private:
 
     // chosen experts of the running ubatch, by layer: rows of n_ids
     std::map<int, std::vector<uint16_t>> chosen;
+    std::map<int, std::vector<float>>    probs;
 
+    void take_ids(int il, const ggml_tensor * t);
+    void take_probs(int il, const ggml_tensor * t);
+
+    void discard();
     void fail(const std::string & text);
 };

@@ -74,9 +74,28 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
                 throw std::runtime_error("unknown expert prefetch '" + value + "', use router or off");
             }
             res.prefetch = value == "router";
+        } else if (key == "expert_cache.route_bias") {
+            if (kv.tag != LLAMA_KV_OVERRIDE_TYPE_FLOAT || !(kv.val_f64 > 0.0) || kv.val_f64 > 4.0) {
+                throw std::runtime_error("expert_cache.route_bias must be a number above 0, at most 4; without it routing is the model's own");
+            }
+            res.route_bias = kv.val_f64;
+        } else if (key == "expert_cache.route_keep") {
+            if (kv.tag != LLAMA_KV_OVERRIDE_TYPE_INT || kv.val_i64 < 0 || kv.val_i64 > 1024) {
+                throw std::runtime_error("expert_cache.route_keep must be an integer from 0 to the number of experts that a token uses, less 1");
+            }
+            res.route_keep = kv.val_i64;
         } else {
             throw std::runtime_error("unknown key " + key);
         }
+    }
+    if (res.route_bias > 0.0 && !res.enabled()) {
+        throw std::runtime_error("a route bias prefers experts in the cache, and there is no expert cache: use it with --expert-cache");
+    }
+    if (res.route_bias > 0.0 && res.prefetch) {
+        throw std::runtime_error("with a route bias what is read ahead would change the output, by how fast it is read: use it without --expert-prefetch");
+    }
+    if (res.route_bias == 0.0 && overrides.count("expert_cache.route_keep") > 0) {
+        throw std::runtime_error("expert_cache.route_keep has no effect without expert_cache.route_bias");
     }
     return res;
 }
@@ -329,6 +348,10 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
         groups.push_back(std::move(desc));
     }
 
+    if (config.route_bias > 0.0) {
+        find_choosers(hparams);
+    }
+
     cache = std::make_unique<llama_expert_cache>(*files, std::move(groups), config.policy, config.n_threads,
         [this, repack_fn](int group, int tensor, const uint8_t * src, uint8_t * dst) { repack_fn(tensors[group][tensor], src, dst); });
 
@@ -367,6 +390,10 @@ void llama_experts::allocate(int n_slots) {
     LLAMA_LOG_INFO("%s: expert cache: policy %s, %s reads with %d threads, prefetch %s, %s kernels\n", __func__,
         llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads, config.prefetch ? "router" : "off",
         cache->transforms() ? "repacked" : "plain");
+    if (!choosers.empty()) {
+        LLAMA_LOG_WARN("%s: expert cache: ROUTE BIAS %g: tokens that come one at a time prefer experts in the cache, the router's first %d stay: the output is not the model's own\n", __func__,
+            config.route_bias, config.route_keep);
+    }
 }
 
 void llama_experts::on_context(const llama_model & model, size_t n_compute) {
@@ -444,6 +471,58 @@ void llama_experts::prefetch(int group, const ggml_tensor * input) {
 }
 
 //
+// route bias
+//
+
+void llama_experts::find_choosers(const llama_hparams & hparams) {
+    for (size_t ig = 0; ig < tensors.size(); ig++) {
+        const std::string name = tensors[ig][0]->name;
+        if (blocks[ig] < 0) {
+            throw std::runtime_error("a route bias is not possible in this model: " + name + " follows the choice of other experts");
+        }
+        if (hparams.n_expert_groups > 1) {
+            throw std::runtime_error(format("a route bias is not possible in this model: its routers choose groups of experts first (%d groups)", (int) hparams.n_expert_groups));
+        }
+        const int n_used = hparams.n_expert_used(blocks[ig]);
+        if (config.route_keep >= n_used) {
+            throw std::runtime_error(format("a route bias that keeps %d experts of the router has no effect where a token uses %d (%s)", config.route_keep, n_used, name.c_str()));
+        }
+        choosers.push_back({ this, (int) ig, {} });
+    }
+}
+
+ggml_tensor * llama_experts::bias(ggml_context * ctx, ggml_tensor * scores, int il) {
+    const auto it = std::find(blocks.begin(), blocks.end(), il);
+    if (it == blocks.end()) {
+        return scores; // experts that are in memory
+    }
+    return ggml_map_custom1(ctx, scores, choose, 1, &choosers[it - blocks.begin()]);
+}
+
+void llama_experts::choose(ggml_tensor * dst, const ggml_tensor * scores, int ith, int /*nth*/, void * user) {
+    if (ith != 0) {
+        return;
+    }
+    auto *       self   = (chooser *) user;
+    const auto & config = self->experts->config;
+    const auto   here   = self->experts->cache->resident(self->group);
+
+    GGML_ASSERT(scores->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(scores) && scores->ne[0] == (int64_t) here.size());
+    for (int64_t i = 0; i < scores->ne[1]; i++) {
+        const float * src = (const float *) ((const char *) scores->data + i * scores->nb[1]);
+        float *       out = (float *) ((char *) dst->data + i * dst->nb[1]);
+
+        const auto ranking = self->bias.rank(src, here, config.route_bias, config.route_keep);
+        if (ranking.empty()) {
+            memcpy(out, src, here.size() * sizeof(float));
+        }
+        for (size_t pos = 0; pos < ranking.size(); pos++) {
+            out[ranking[pos]] = -(float) pos;
+        }
+    }
+}
+
+//
 // ggml
 //
 
@@ -489,6 +568,8 @@ bool llama_expert_cache_get_info(const llama_model * model, llama_expert_cache_i
     res.io                      = llama_expert_io_mode_name(experts.files->mode());
     res.prefetch                = experts.config.prefetch ? "router" : "off";
     res.kernels                 = cache.transforms() ? "repack" : "plain";
+    res.route_bias              = experts.config.route_bias;
+    res.route_keep              = experts.config.route_bias > 0.0 ? experts.config.route_keep : 0;
     memcpy(info, &res, std::min(size, sizeof(res)));
 
     return true;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "llama-expert-bias.h"
 #include "llama-expert-cache.h"
 #include "llama-expert-forecast.h"
 
@@ -24,6 +25,9 @@ struct llama_expert_config {
     llama_expert_io_mode io        = LLAMA_EXPERT_IO_AUTO;
     int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
     bool                 prefetch  = false; // read ahead what the next layer's router would choose
+
+    double route_bias = 0.0; // lossy: prefer experts in the cache, see llama-expert-bias.h; 0: off
+    int    route_keep = 1;   // the router's first choices stay
 
     enum { REPACK_AUTO,
         REPACK_ON,
@@ -56,6 +60,10 @@ struct llama_experts {
     // a context was created: n_compute bytes of buffers are reserved but not yet touched
     void on_context(const llama_model & model, size_t n_compute);
 
+    // scores: [n_expert, n_tokens] of the router of block il. Returns scores that are ordered as they are with the
+    // route bias, by the experts that are in the cache when the graph comes to this point.
+    ggml_tensor * bias(ggml_context * ctx, ggml_tensor * scores, int il);
+
     // hold the result while a graph runs
     std::unique_lock<std::mutex> begin_graph() { return std::unique_lock<std::mutex>(cache->turn()); }
 
@@ -71,10 +79,18 @@ private:
         int tensor;
     };
 
+    // the op's user data
+    struct chooser {
+        llama_experts *   experts;
+        int               group;
+        llama_expert_bias bias;
+    };
+
     std::unordered_map<const ggml_tensor *, place> places;
     std::vector<std::vector<const ggml_tensor *>>  tensors; // [group][tensor]
     std::vector<int>                               blocks;  // [group] il, -1: not the experts that the router chooses
     std::vector<llama_expert_router>               routers; // [group], empty: no prefetch
+    std::vector<chooser>                           choosers; // [group], empty: no route bias
 
     int n_expert_max = 0;
 
@@ -84,8 +100,10 @@ private:
     bool fits(size_t n_bytes) const;
     void allocate(int n_slots);
     void find_routers(const llama_model & model);
+    void find_choosers(const llama_hparams & hparams);
     void prefetch(int group, const ggml_tensor * input);
 
+    static void choose(ggml_tensor * dst, const ggml_tensor * scores, int ith, int nth, void * user);
     static void source_begin(void * user, const ggml_tensor * op, int n_threads);
     static int  source_next(void * user, int ith, const void ** data);
 };

@@ -1,5 +1,6 @@
 // Unit test of the expert cache: real files and real reads, no model.
 
+#include "../src/llama-expert-bias.h"
 #include "../src/llama-expert-cache.h"
 #include "../src/llama-expert-forecast.h"
 
@@ -7,6 +8,7 @@
 #include <algorithm>
 #include <cassert>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -357,6 +359,78 @@ static void test_forecast() {
     assert(llama_expert_forecast(cur, next, x.data(), 1, n)[0] == 9);
 }
 
+static void test_bias() {
+    typedef std::vector<int> order;
+
+    const float             z[4] = { 4.0f, 3.0f, 2.0f, 0.0f };
+    const std::vector<bool> none(4, false), two = { false, false, true, false }, last = { false, false, false, true };
+
+    // D = 4 at the first token: 2 + 0.3 * 4 = 3.2 passes 3, 2 + 0.2 * 4 = 2.8 does not
+    assert((llama_expert_bias().rank(z, two, 0.3, 1) == order{ 0, 2, 1, 3 }));
+    assert((llama_expert_bias().rank(z, two, 0.2, 1) == order{ 0, 1, 2, 3 }));
+    assert((llama_expert_bias().rank(z, none, 4.0, 1) == order{ 0, 1, 2, 3 }));
+
+    // 0 + 4 * 4 = 16 passes all but those that are kept
+    assert((llama_expert_bias().rank(z, last, 4.0, 0) == order{ 3, 0, 1, 2 }));
+    assert((llama_expert_bias().rank(z, last, 4.0, 1) == order{ 0, 3, 1, 2 }));
+    assert((llama_expert_bias().rank(z, last, 4.0, 2) == order{ 0, 1, 3, 2 }));
+    assert((llama_expert_bias().rank(z, last, 4.0, 9) == order{ 0, 1, 2, 3 }));
+
+    // D is a running mean: 4, (4 + 1) / 2, (4 + 1 + 10) / 3
+    llama_expert_bias bias;
+    const float       narrow[4] = { 0.0f, 1.0f, 0.5f, 0.25f };
+    const float       wide[4]   = { 0.0f, -10.0f, -5.0f, -1.0f };
+    bias.rank(z, none, 1.0, 1);
+    assert(bias.range() == 4.0);
+    // 0 + 0.3 * 2.5 = 0.75 passes 0.5
+    assert((bias.rank(narrow, { true, false, false, false }, 0.3, 1) == order{ 1, 0, 2, 3 }));
+    assert(bias.range() == 2.5);
+    // -5 + 0.7 * 5 = -1.5 does not pass -1, -5 + 0.9 * 5 would
+    assert((bias.rank(wide, two, 0.7, 1) == order{ 0, 3, 2, 1 }));
+    assert(bias.range() == 5.0);
+
+    // equal scores stay in the router's order, a score that is no number changes nothing
+    const float equal[4] = { 1.0f, 1.0f, 2.0f, 1.0f };
+    assert((llama_expert_bias().rank(equal, none, 1.0, 1) == order{ 2, 0, 1, 3 }));
+    const float bad[4] = { 1.0f, NAN, 2.0f, 1.0f };
+    assert(bias.rank(bad, two, 1.0, 1).empty());
+    assert(bias.range() == 5.0);
+}
+
+// what is in the cache before a call follows from the calls, streamed ones too, not from when reads end
+static void test_resident(const test_file & file, llama_expert_io_mode io) {
+    for (const auto policy : { LLAMA_EXPERT_POLICY_LRU, LLAMA_EXPERT_POLICY_LFU, LLAMA_EXPERT_POLICY_NEXT_USE }) {
+        std::vector<std::vector<bool>> seen[2];
+        for (const int i : { 0, 1 }) {
+            llama_expert_files files({ file.fd }, io);
+            llama_expert_cache cache(files, file.groups, policy, 1 + i); // with more the ring of streamed calls is longer
+            cache.allocate(6);
+            assert(cache.resident(1) == std::vector<bool>(N_EXPERT, false));
+
+            router       route(3);
+            std::mt19937 rng(5);
+            for (int call = 0; call < 60; call++) {
+                const int n_tokens = call % 4 == 0 ? 1 + rng() % 20 : 1;
+
+                std::vector<int32_t> ids;
+                for (int t = 0; t < n_tokens; t++) {
+                    const auto token = route.token(0);
+                    ids.insert(ids.end(), token.begin(), token.end());
+                }
+                run_call(cache, file, 0, ids, K, 1 + i);
+
+                const auto here = cache.resident(0);
+                assert(std::count(here.begin(), here.end(), true) <= 6);
+                if (n_tokens == 1) {
+                    assert(std::all_of(ids.begin(), ids.end(), [&](int e) { return here[e]; }));
+                }
+                seen[i].push_back(here);
+            }
+        }
+        assert(seen[0] == seen[1]);
+    }
+}
+
 static void test_prefill(const test_file & file, llama_expert_io_mode io) {
     for (const auto policy : { LLAMA_EXPERT_POLICY_LRU, LLAMA_EXPERT_POLICY_LFU, LLAMA_EXPERT_POLICY_NEXT_USE }) {
         for (const int n_slots : { K, 5, 8, 12, N_EXPERT }) {
@@ -495,6 +569,7 @@ int main() {
     setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
 
     test_forecast();
+    test_bias();
     for (const auto io : { LLAMA_EXPERT_IO_DIRECT, LLAMA_EXPERT_IO_MMAP }) {
         for (const bool aligned : { false, true }) {
             test_file file(aligned);
@@ -505,6 +580,7 @@ int main() {
             test_ahead(file, io);
             test_ahead_fault(file, io);
             test_prefill(file, io);
+            test_resident(file, io);
             test_cut(file, io);
             test_flip(file, io);
             test_fault(file, io);
