@@ -92,7 +92,9 @@ class _Options:
         if self.frontier and len(self.tuned) > 1:
             raise click.UsageError("--frontier compares BASE with one TUNED.")
         if (self.frontier or self.ablate) and self.output is None:
-            raise click.UsageError(f"--{'frontier' if self.frontier else 'ablate'} needs --output: it keeps what is done.")
+            raise click.UsageError(
+                f"--{'frontier' if self.frontier else 'ablate'} needs --output: it keeps what is done."
+            )
         if self.ablate and not self.data:
             raise click.UsageError("--ablate needs --data: the text to tune on.")
         if not self.texts:

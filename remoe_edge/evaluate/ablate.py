@@ -77,8 +77,10 @@ def ablate(
 ) -> dict[str, list[Path]]:
     """Tune every variant with every seed, from `base`; the router files by variant.
 
-    They lie in `folder` when they are done and are not made again; a run that was interrupted goes on. Raises RemoeError
-    for a router there that was made with other settings or other text, and for a variant that `config` does not have.
+    They lie in `folder` when they are done and are not made again; a run that was interrupted goes on.
+
+    Raises RemoeError for a router there that was made with other settings or other text, and for a variant that the
+    settings do not have.
     """
     found = variants(config)
     if unknown := [name for name in only if name not in found]:

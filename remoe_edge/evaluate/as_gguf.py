@@ -18,7 +18,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def base_gguf(base: Path, folder: Path, *, quant: str | None = None, report: Report = silent) -> Path:
-    """`base` itself, or `folder`/base.gguf made of a checkpoint folder; one that is newer than the checkpoint is kept."""
+    """`base` itself, or `folder`/base.gguf made of a checkpoint folder, unless one is there that is newer."""
     if is_gguf(base):
         return base
     if not base.is_dir():

@@ -1,7 +1,7 @@
 """What changed from a base router to a tuned one on the same text, with intervals.
 
-Intervals are 95 % percentile bootstraps of the paired change. Sequences are drawn, not tokens, because tokens of one are
-not independent; each text keeps its number of them.
+Intervals are 95 % percentile bootstraps of the paired change. Sequences are drawn, not tokens, because tokens of one
+are not independent; each text keeps its number of them.
 """
 
 from __future__ import annotations

@@ -113,7 +113,9 @@ def join(parts: Sequence[Figures]) -> Figures:
         },
         uses=parts[0].uses,
         counts=np.sum([part.counts for part in parts], axis=0),
-        entropy=np.average(entropies, axis=0, weights=[len(p) for p in parts]) if len(entropies) == len(parts) else None,
+        entropy=np.average(entropies, axis=0, weights=[len(p) for p in parts])
+        if len(entropies) == len(parts)
+        else None,
         nll=rows("nll"),
         kl=rows("kl"),
     )

@@ -82,8 +82,8 @@ def plan_frontier(
 ) -> Plan:
     """Read the texts with the base's tokenizer and choose budgets: by default slots for 1/8 and 1/4 of the experts.
 
-    Raises RemoeError for GGUFs that are not the same model, for texts that are too short, and for slots that cannot hold
-    one token's experts.
+    Raises RemoeError for GGUFs that are not the same model, for texts that are too short, and for slots that cannot
+    hold one token's experts.
     """
     with open_ggufs({"base": base, "tuned": tuned}) as reader:
         sizes = sorted(set(slots)) or sorted({max(reader.top_k, reader.experts // part) for part in (8, 4)})
@@ -135,7 +135,8 @@ def _measure(plan: Plan, side: str, slots: int, bias: float, progress: Any) -> d
             progress(index / len(plan.rows))
             losses.append(float(session.score(row).mean()))
         stats, info = session.stats(), session.info()
-    assert stats is not None and info is not None
+    assert stats is not None
+    assert info is not None
     tokens = len(plan.rows) * (plan.rows.shape[1] - 1)
     return {
         "side": side,
@@ -188,8 +189,8 @@ def in_words(points: Sequence[Mapping[str, Any]]) -> list[str]:
             else:
                 parts.append(f"{side} with any bias costs more than {COST:.0%}")
         lines.append(
-            f"{slots} of {base['experts']} experts in memory: base reads {base['bytes_per_token'] / 1e6:.3g} MB per token "
-            f"at perplexity {base['ppl']:.3f}; at no more than {COST:.0%} above it: {'; '.join(parts)}."
+            f"{slots} of {base['experts']} experts in memory: base reads {base['bytes_per_token'] / 1e6:.3g} MB per "
+            f"token at perplexity {base['ppl']:.3f}; at no more than {COST:.0%} above it: {'; '.join(parts)}."
         )
     return lines
 
@@ -203,9 +204,10 @@ def frontier_markdown(points: Sequence[Mapping[str, Any]], title: str) -> str:
     first = points[0]
     lines = [f"# {title}", "", *(f"- {line}" for line in in_words(points)), ""]
     lines += [
-        f"{first['tokens']} held-out tokens, teacher-forced, evaluated one by one on the runtime; the same for every point. "
-        f"Policy {first['policy']}; the cache is kept from one sequence to the next. Changes are against the base without "
-        "bias; intervals: 95 %, paired bootstrap over sequences. The bias is lossy: it changes which experts compute.",
+        f"{first['tokens']} held-out tokens, teacher-forced, evaluated one by one on the runtime; the same for every "
+        f"point. Policy {first['policy']}; the cache is kept from one sequence to the next. Changes are against the "
+        "base without bias; intervals: 95 %, paired bootstrap over sequences. The bias is lossy: it changes which "
+        "experts compute.",
         "",
     ]
     head = ("slots", "router", "bias", "MB per token", "change", "hits", "PPL", "change", "bits per byte")
@@ -245,7 +247,9 @@ def _journal(path: Path, header: dict[str, Any], force: bool) -> Iterator[tuple[
         except (ValueError, KeyError, TypeError):
             same, found = False, {}
         if not same and not force:
-            raise RemoeError(f"{path}: was measured with other models, text or policy; choose another --output or --force")
+            raise RemoeError(
+                f"{path}: was measured with other models, text or policy; choose another --output or --force"
+            )
         file.truncate(len(whole) if same else 0)
         file.seek(0, os.SEEK_END)
         if not file.tell():

@@ -147,8 +147,9 @@ def open_ggufs(
 ) -> Iterator[GgufReader]:
     """Load models to hold against the first.
 
-    `expert_cache` is a budget as in `CacheConfig`, for each of them: they are all loaded at once. Raises RemoeError if one
-    has other experts or other tokens than the first.
+    `expert_cache` is a budget as in `CacheConfig`, for each of them: they are all loaded at once.
+
+    Raises RemoeError if one has other experts or other tokens than the first.
     """
     with ExitStack() as stack:
         models: dict[str, Model] = {}
@@ -164,8 +165,8 @@ def open_ggufs(
             first = next(iter(models))
             if shapes[name] != shapes[first] or models[name].n_vocab != models[first].n_vocab:
                 raise RemoeError(
-                    f"{path}: is not the model of {paths[first]} with another router: {_said(models[name], shapes[name])} "
-                    f"against {_said(models[first], shapes[first])}"
+                    f"{path}: is not the model of {paths[first]} with another router: "
+                    f"{_said(models[name], shapes[name])} against {_said(models[first], shapes[first])}"
                 )
         kind, *shape = shapes[first]
         yield GgufReader(models, (shape[0], shape[1], shape[2]), kind, threads)

@@ -79,9 +79,7 @@ class HfReader:
         return load_sequences([path], self._tokenizer, length, report=report).ids
 
     def text_bytes(self, rows: Ids) -> int:
-        texts = self._tokenizer.batch_decode(
-            rows[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        texts = self._tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return sum(len(text.encode()) for text in texts)
 
     @torch.no_grad()

@@ -46,7 +46,9 @@ def draw_evaluation(result: Mapping[str, Any], path: Path, title: str) -> None:
         for index, name in enumerate(tuned):
             rows = [select(result, router=name, text=text, multiple=1, phase="reading")[0] for text in texts]
             values = [100 * row["ppl_change"] for row in rows]
-            ends = [[abs(v - 100 * row["ppl_delta_ci95"][i]) for v, row in zip(values, rows, strict=True)] for i in (0, 1)]
+            ends = [
+                [abs(v - 100 * row["ppl_delta_ci95"][i]) for v, row in zip(values, rows, strict=True)] for i in (0, 1)
+            ]
             places = [place + 0.15 * (index - (len(tuned) - 1) / 2) for place in range(len(texts))]
             cost.errorbar(values, places, xerr=ends, fmt="o", color=_TUNED, ms=3, lw=0.8)
         cost.axvline(0, color=LIGHT.grid, lw=0.8)

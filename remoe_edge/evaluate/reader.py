@@ -86,7 +86,9 @@ def moved(a: Experts, b: Experts) -> float:
 
 def noise(how: str, base: Pass, again: Pass) -> Noise:
     """Figures from two passes of the base; the second carries the KL."""
-    assert base.nll is not None and again.nll is not None and again.kl is not None
+    assert base.nll is not None
+    assert again.nll is not None
+    assert again.kl is not None
     return Noise(
         how,
         again.kl.size,

@@ -60,10 +60,10 @@ def _definitions(result: Mapping[str, Any]) -> list[str]:
         f"{result['model_type']}, {result['layers']} MoE layers, top {result['top_k']} of {result['experts']} experts; "
         f"{sequences} of {result['length']} from {', '.join(result['texts'])}.",
         "",
-        "- Reuse rate (EOR): |E(t) and E(t-1)| / K, mean over layers and the steps within sequences; by chance it would be "
-        f"{result['chance_reuse_rate']:.1%}. Changes are relative.",
-        f"- Misses: event-atomic LRU, slots per layer {sizes}. Cold: empty at each sequence, as in ReMoE; carried: kept "
-        "from one to the next, as in a server.",
+        "- Reuse rate (EOR): |E(t) and E(t-1)| / K, mean over layers and the steps within sequences; by chance it "
+        f"would be {result['chance_reuse_rate']:.1%}. Changes are relative.",
+        f"- Misses: event-atomic LRU, slots per layer {sizes}. Cold: empty at each sequence, as in ReMoE; carried: "
+        "kept from one to the next, as in a server.",
         "- Held-out text is read teacher-forced. Own output is greedy; base and tuned write what they write.",
         "- KL(base || tuned) of the next token, nats. Load: how often an expert is used; its entropy and that of the "
         "router's probabilities are divided by log(experts), 1 is even.",
@@ -98,7 +98,17 @@ def _seeds(figure: Mapping[str, Any], digits: int = 1) -> str:
     return change(figure["mean"], figure["ci95"], digits)
 
 
-_TOTAL = ("router", "reuse", "change", "PPL", "change", "bits per byte", "KL mean", "p99", *(f"misses {s}" for s in _SIZES))
+_TOTAL = (
+    "router",
+    "reuse",
+    "change",
+    "PPL",
+    "change",
+    "bits per byte",
+    "KL mean",
+    "p99",
+    *(f"misses {s}" for s in _SIZES),
+)
 
 
 def _total(row: Mapping[str, Any]) -> list[str]:

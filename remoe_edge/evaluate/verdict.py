@@ -32,7 +32,7 @@ def judge(
     controls: Sequence[dict[str, Any]] = (),
     own_output: Sequence[dict[str, Any]] = (),
 ) -> list[Verdict]:
-    """Of rows of `compare` for all texts together, one per seed: read by tuned routers, by CE-only controls, and of what
+    """Of rows of `compare` for all texts together, one per seed: of tuned routers, of CE-only controls, and of what the
     tuned routers wrote themselves.
 
     Goals are judged on held-out text, where the published figures come from.
@@ -79,9 +79,9 @@ class _Figure:
             self.text += f" [{self._ci95[0]:+.2%}, {self._ci95[1]:+.2%}]{unit}"
 
     def aside(self, low: float, high: float) -> str:
-        if self._ci95 is None or low <= self.mean <= high and low <= self._ci95[0] and self._ci95[1] <= high:
-            return ""
-        return "" if not low <= self.mean <= high else "its interval reaches beyond"
+        """What to know of a mean within these limits."""
+        beyond = self._ci95 is not None and not low <= self._ci95[0] <= self._ci95[1] <= high
+        return "its interval reaches beyond" if beyond and low <= self.mean <= high else ""
 
 
 def _at_k(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
