@@ -1,1 +1,1 @@
-"""Base against tuned routers: reuse, misses, quality, and whether a difference is more than chance. Needs torch."""
+"""Base against tuned routers: reuse, misses, quality, and whether a difference is more than chance."""

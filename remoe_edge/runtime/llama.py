@@ -267,6 +267,12 @@ class Model:
         return bool(_llama().llama_vocab_is_eog(self._vocab, token))
 
     @property
+    def end_token(self) -> int | None:
+        """The token that ends a text; None if the vocabulary has none."""
+        token: int = _llama().llama_vocab_eos(self._vocab)
+        return token if token >= 0 else None
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(_llama().llama_model_chat_template(self._model, None))
 
