@@ -24,9 +24,28 @@ from remoe_edge.tuning.load import load_model, load_tokenizer  # noqa: E402
 from remoe_edge.tuning.losses import Weights  # noqa: E402
 from remoe_edge.tuning.train import TuneConfig  # noqa: E402
 
-WORDS = (
-    "the router of a model chooses experts for each token and neighbours reuse them when nothing has to be read".split()
-)
+WORDS = [
+    "the",
+    "router",
+    "of",
+    "a",
+    "model",
+    "chooses",
+    "experts",
+    "for",
+    "each",
+    "token",
+    "and",
+    "neighbours",
+    "reuse",
+    "them",
+    "when",
+    "nothing",
+    "has",
+    "to",
+    "be",
+    "read",
+]
 QUICK = ["--length", "24", "--sequences", "6", "--own-tokens", "4"]
 
 
@@ -276,4 +295,4 @@ def test_a_model_keeps_its_own_router(reader: HfReader) -> None:
         assert any(not torch.equal(router_state(moe)[name], other[name]) for name in other)
         set_router(moe, other)
         assert all(torch.equal(router_state(moe)[name], other[name]) for name in other)
-    assert EXPERTS == moe.experts
+    assert moe.experts == EXPERTS
