@@ -26,11 +26,11 @@ class Weights:
     """
 
     ce: float = 1.0
-    kl: float = 1.0
+    kl: float = 2.0
     reuse: float = 1.0
-    smooth: float = 0.1
-    lag: float = 0.05
-    window: float = 0.1
+    smooth: float = 0.2
+    lag: float = 0.1
+    window: float = 0.2
 
     @property
     def local(self) -> bool:
