@@ -1,5 +1,6 @@
 """The README's commands, run in order as a reader would."""
 
+import gzip
 import re
 import shlex
 import subprocess
@@ -7,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from changed_router import write_changed_router
 
-from remoe_edge.routing.trace import packaged_trace
+from remoe_edge.demo_model import demo_checkpoint, demo_texts, demo_tuning_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,18 +35,21 @@ def test_links_lead_somewhere() -> None:
 @pytest.mark.runtime
 @pytest.mark.timeout(900)
 def test_commands_work(tmp_path: Path) -> None:
+    # What a user brings: a checkpoint, text to tune on, and text that is kept for the evaluation.
+    (tmp_path / "my-moe").symlink_to(demo_checkpoint())
+    chats = gzip.decompress(demo_tuning_text().read_bytes()).splitlines(keepends=True)
+    (tmp_path / "chats.jsonl").write_bytes(b"".join(chats[:200]))
+    (tmp_path / "held-out.txt").write_text(demo_texts()["stories"].read_text()[:20_000])
     ran = 0
     for words in commands():
         if words[0] != "remoe-edge":
             continue
-        if words[1:3] == ["convert", "base.gguf"] and not (tmp_path / "router.safetensors").exists():
-            # What a tuning run on another machine would have left.
-            write_changed_router(tmp_path / "base.gguf", packaged_trace(), tmp_path / "router.safetensors")
         result = subprocess.run(
             [sys.executable, "-m", "remoe_edge", *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, (words, result.stderr)
         ran += 1
-    assert ran == 11
+    assert ran == 15
     assert (tmp_path / "tuned.gguf").exists()
+    assert (tmp_path / "evaluation" / "eval.md").exists()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
