@@ -3,8 +3,8 @@
 Memory is divided as the runtime's `auto` does it: dense weights, KV cache and compute buffers come first, a tenth of
 what is left (at least 128 MiB) is left alone, the rest is the budget of the expert cache.
 
-Hit rates are those of the second half of a trace: the first fills the slots and teaches the policy. Where all experts are
-held there are no misses, once each was read.
+Hit rates are those of the second half of a trace: the first fills the slots and teaches the policy. Where all experts
+are held there are no misses, once each was read.
 """
 
 from __future__ import annotations
