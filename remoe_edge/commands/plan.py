@@ -121,10 +121,11 @@ def _print(plan: Plan, storage: Path) -> None:
     line(_storage_line(plan, storage))
     line(_resident_line(plan))
     if plan.own_trace:
-        line(f"Hit rates: {plan.traces[0]}, once the slots are full.")
+        line(f"Hit rates: {plan.traces[0]}, its second half.")
     else:
         line(
-            f"Hit rates: of {plan.traces[0]}, at the same part of the experts; range over {len(plan.traces)} models. "
+            f"Hit rates: of {plan.traces[0]}, at the same part of the experts; in brackets the range over "
+            f"{len(plan.traces)} models. "
             "This model's own may lie outside: record them with `remoe-edge run --trace`."
         )
     console.print(_table(plan))

@@ -3,7 +3,8 @@
 Memory is divided as the runtime's `auto` does it: dense weights, KV cache and compute buffers come first, a tenth of
 what is left (at least 128 MiB) is left alone, the rest is the budget of the expert cache.
 
-Hit rates are those of a full cache: what a cold start misses while slots are still free does not count.
+Hit rates are those of the second half of a trace: the first fills the slots and teaches the policy. Where all experts
+are held there are no misses, once each was read.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ STEP = 512 << 20
 
 _MIB = 1 << 20
 _RESERVE = 128 << 20
-_RESIDENT_TOKENS = 17
+_RESIDENT_TOKENS = 9
 _SCRATCH_BYTES = 512 << 20
 _PROMPT = "The harbour lies still in the morning."
 
@@ -305,10 +306,11 @@ class _Curves:
     def rates(self, slots: Sequence[int], policy: str) -> dict[int, tuple[float, float, float]]:
         """By slots: the hit rate of the nearest trace, the lowest and the highest."""
         for index, trace in enumerate(self.traces):
+            halves = replace(trace, offs=np.array([0, trace.tokens // 2, trace.tokens]))
             wanted = {each for count in slots for each in self._places(trace, count)}
             missing = sorted(count for count in wanted if (index, count, policy) not in self._rows)
             runs = [(count, policy) for count in missing]
-            for row in simulate_all(trace, runs, report=self._report) if runs else ():
+            for row in simulate_all(halves, runs, report=self._report) if runs else ():
                 self._rows[index, row.slots, policy] = row
         result = {}
         for count in slots:
@@ -320,8 +322,11 @@ class _Curves:
         """To read at a hit rate; the model's own trace knows how misses are spread over layers of different size."""
         sizes = [group.expert_bytes for group in self._groups]
         if self._own:
-            row = self._rows[0, slots, policy]
-            return bytes_per_token([float(each / row.tokens) for each in row.counters[..., 2].sum(axis=1)], sizes)
+            if slots == most(self._groups):
+                return 0.0
+            tokens = self.traces[0].tokens - self.traces[0].tokens // 2
+            misses = self._rows[0, slots, policy].counters[:, 1, 1]
+            return bytes_per_token([float(each / tokens) for each in misses], sizes)
         return bytes_per_token([(1 - rate) * group.top_k for group in self._groups], sizes)
 
     def _places(self, trace: Trace, slots: int) -> list[int]:
@@ -334,9 +339,10 @@ class _Curves:
     def _rate(self, index: int, slots: int, policy: str) -> float:
         trace = self.traces[index]
         places = self._places(trace, slots)
-        rows = [self._rows[index, place, policy] for place in places]
-        # Once the slots are full every miss evicts.
-        rates = [1 - row.evictions / (row.hits + row.misses) for row in rows]
+        rates = []
+        for place in places:
+            hits, misses, _ = self._rows[index, place, policy].counters[:, 1].sum(axis=0)
+            rates.append(1.0 if place == trace.experts else float(hits / max(1, hits + misses)))
         return float(np.interp(self._place(trace, slots), places, rates)) if places[0] < places[1] else rates[0]
 
 
