@@ -139,12 +139,14 @@ def _kept_log() -> Iterator[list[str]]:
         log.append(text.decode(errors="replace"))
 
     llama_cpp.llama_backend_init()
+    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
     llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
     try:
         yield log
     finally:
         # The callback dies with this frame.
-        llama_cpp.llama_log_set(ctypes.cast(None, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(before, data)
 
 
 def _observe(

@@ -179,3 +179,14 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text(content)
         with pytest.raises(RemoeError, match=message):
             read_rows(tmp_path / "a.jsonl")
+
+
+def test_an_arm_with_a_route_bias_is_another_arm() -> None:
+    plain = make_rows({Arm("cache", MODEL, "1000"): [20.0, 20.2, 19.9]})
+    biased = make_rows({Arm("cache", MODEL, "1000", route_bias=0.3): [10.0, 10.2, 9.9]})
+    with pytest.raises(RemoeError, match="no arm is in both files"):
+        compare_benchmarks(plain, biased)
+    assert len(compare_benchmarks(biased, biased).pairs) == 1
+    # Rows of before there was such a thing have none.
+    older = [{key: value for key, value in row.items() if not key.startswith("route_")} for row in plain]
+    assert len(compare_benchmarks(older, plain).pairs) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from observe import observe_routing, tokenize
+from observe import observe_routing
 from small_twin import EXPERTS, STEPS, TOP_K, small_trace, write_small_twin
 from tiny_models import write_tiny_model
 
@@ -22,7 +22,7 @@ from remoe_edge.measure.workloads import Prompt
 from remoe_edge.routing.record import join, record_decode, record_forced
 from remoe_edge.routing.selftest import self_test
 from remoe_edge.routing.trace import Trace, load_trace, packaged_trace
-from remoe_edge.runtime.llama import CacheConfig
+from remoe_edge.runtime.llama import CacheConfig, load_model
 
 PROMPTS = [Prompt("first", "the cat sat on"), Prompt("second", "a mat")]
 TEXT = "A bridge over the river. " * 40
@@ -32,6 +32,11 @@ TEXT = "A bridge over the river. " * 40
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("record") / "tiny.gguf"
     return write_tiny_model(path, "qwen3moe", quant="Q4_0", n_expert=16, k=3, n_layer=2, hidden=256, ff=256, seed=2)
+
+
+def tokenize(model: Path, text: str) -> list[int]:
+    with load_model(model) as loaded:
+        return loaded.tokenize(text)
 
 
 def remoe(*arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -97,7 +102,7 @@ def test_joined_traces_are_sequences() -> None:
 @pytest.mark.runtime
 class TestOwnOutput:
     def test_is_what_another_observer_sees(self, model: Path) -> None:
-        recording = record_decode(model, PROMPTS, 12, CacheConfig("4s"), probs=True)
+        recording = record_decode(model, PROMPTS, 12, CacheConfig("4s"), probs=True, n_threads=1)
         trace = recording.trace
         prompts = [tokenize(model, prompt.text) for prompt in PROMPTS]
         assert recording.n_prompt == sum(map(len, prompts))
@@ -113,12 +118,14 @@ class TestOwnOutput:
             np.testing.assert_allclose(trace.probs[own], chosen, rtol=1e-4)
 
     def test_the_cache_changes_nothing(self, model: Path) -> None:
-        off, on = (record_decode(model, PROMPTS, 10, CacheConfig(budget)).trace for budget in ("off", "4s"))
+        off, on = (
+            record_decode(model, PROMPTS, 10, CacheConfig(budget), n_threads=1).trace for budget in ("off", "4s")
+        )
         assert off.digest() == on.digest()
         assert off.probs is None
 
     def test_meta(self, model: Path) -> None:
-        meta = record_decode(model, PROMPTS, 2, CacheConfig("4s")).trace.meta
+        meta = record_decode(model, PROMPTS, 2, CacheConfig("4s"), n_threads=1).trace.meta
         assert (meta["layers"], meta["experts"], meta["top_k"], meta["phase"]) == (2, 16, 3, "decode")
         assert meta["prompts"] == ["first", "second"]
         assert meta["model"].startswith("tiny qwen3moe")
@@ -130,7 +137,7 @@ class TestOwnOutput:
     @pytest.mark.parametrize("arch", ["gpt-oss", "deepseek2"])
     def test_probabilities_of_other_routers(self, tmp_path: Path, arch: str) -> None:
         path = write_tiny_model(tmp_path / "m.gguf", arch, n_expert=8, k=3, n_layer=2, hidden=256, ff=256)
-        trace = record_decode(path, PROMPTS, 10, CacheConfig("4s"), probs=True).trace
+        trace = record_decode(path, PROMPTS, 10, CacheConfig("4s"), probs=True, n_threads=1).trace
         assert trace.probs is not None
         sums = trace.probs.sum(axis=2)
         assert (np.diff(trace.probs, axis=2) <= 1e-6).all(), "the router's ranking"
@@ -144,7 +151,9 @@ class TestOwnOutput:
 class TestGivenText:
     def test_every_layer_of_every_token(self, model: Path) -> None:
         tokens = tokenize(model, TEXT)
-        recording = record_forced(model, TEXT, CacheConfig("4s"), length=200, probs=True, name="bridge.txt")
+        recording = record_forced(
+            model, TEXT, CacheConfig("4s"), length=200, probs=True, name="bridge.txt", n_threads=1
+        )
         trace = recording.trace
         begin = len(tokenize(model, ""))
         assert recording.n_prompt == 0
@@ -161,7 +170,7 @@ class TestGivenText:
         assert (trace.ids[:200, 0] == seen.ids[:200, 0]).all()
 
     def test_the_first_sequences_only(self, model: Path) -> None:
-        assert record_forced(model, TEXT, CacheConfig("off"), length=64, limit=3).trace.offs.tolist() == [
+        assert record_forced(model, TEXT, CacheConfig("off"), length=64, limit=3, n_threads=1).trace.offs.tolist() == [
             0,
             64,
             128,
@@ -174,7 +183,7 @@ class TestCommand:
     def test_a_twin_gives_its_trace_back(self, tmp_path: Path) -> None:
         """And what is recorded can be simulated and made a twin of again."""
         twin, output = write_small_twin(tmp_path / "twin.gguf"), tmp_path / "trace.npz"
-        result = remoe("trace", twin, "-p", "w00000", "-n", 40, "-o", output, "--json")
+        result = remoe("trace", twin, "-p", "w00000", "-n", 40, "-t", 1, "-o", output, "--json")
         assert result.returncode == 0, result.stderr
         trace = load_trace(output)
         assert (trace.ids == small_trace().ids[1:41]).all()
@@ -187,7 +196,9 @@ class TestCommand:
         assert rows[0]["reuse_rate"] == summary["reuse_rate"]
         again = remoe("twin", output, "--hidden", 256, "--ff", 256, "-o", tmp_path / "again.gguf")
         assert again.returncode == 0, again.stderr
-        third = record_decode(tmp_path / "again.gguf", [Prompt("w", "w00000")], 30, CacheConfig("2s")).trace
+        third = record_decode(
+            tmp_path / "again.gguf", [Prompt("w", "w00000")], 30, CacheConfig("2s"), n_threads=1
+        ).trace
         assert (third.ids == trace.ids[1:31]).all()
 
     def test_files(self, model: Path, tmp_path: Path) -> None:

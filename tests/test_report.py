@@ -1,6 +1,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,25 @@ def test_the_page_in_a_browser(results: Path, browser: Page, width: int, dark: b
     assert browser.evaluate("Number(document.querySelector('tbody tr').cells[1].dataset.value)") == max(values)
     assert browser.messages == []
     assert browser.requests == [output.absolute().as_uri()]
+
+
+def biased_rows() -> list[Row]:
+    exact = Arm("cache", BASE, str(MIB))
+    lossy = Arm("cache", BASE, str(MIB), route_bias=0.3)
+    tpots = {exact: [30.0, 30.1, 30.2], lossy: [10.0, 10.1, 10.2], replace(lossy, route_keep=2): [15.0, 15.1, 15.2]}
+    own = make_rows(tpots)
+    return [own[0], *(row | {"output_sha256": "other"} for row in own[1:])]
+
+
+def test_a_lossy_arm_is_named_and_is_no_headline_beside_exact_ones() -> None:
+    own = biased_rows()
+    labels = [row_label(row, own) for row in own]
+    assert labels == ["cache 1 MiB", "cache route bias 0.3 1 MiB", "cache route bias 0.3 keep 2 1 MiB"]
+    assert headline(own).startswith("base with 1 MiB of expert cache: 30.1 ms per token")
+    assert headline(own[1:]).startswith("base with 1 MiB of expert cache and a route bias of 0.3 (lossy): 10.1 ms")
+    said = " ".join(remarks(own))
+    assert "Lossy, with other experts than the model's and another output: cache route bias 0.3 1 MiB and" in said
+    assert "did not all put out the same tokens" not in said
+    assert "lossy: experts in the cache are preferred (bias 0.3, the router's first 2 stay)" in markdown_report(
+        own, title="x"
+    )
