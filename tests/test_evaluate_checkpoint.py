@@ -140,9 +140,9 @@ class TestRouters:
             with pytest.raises(RemoeError, match=r"is \[7, 64\], expected \[8, 64\]"):
                 router_from(moe, tmp_path / "small.safetensors")
             save_file({n: t for n, t in state.items() if n != name}, tmp_path / "less.safetensors")
-            with pytest.raises(RemoeError, match="has no tensor 'model.layers.0"):
+            with pytest.raises(RemoeError, match="has no tensor 'model"):
                 router_from(moe, tmp_path / "less.safetensors")
-            save_file({**state, "model.layers.7.mlp.gate.weight": state[name]}, tmp_path / "more.safetensors")
+            save_file({**state, "model.layers.7.mlp.gate.weight": state[name].clone()}, tmp_path / "more.safetensors")
             with pytest.raises(RemoeError, match="no layer"):
                 router_from(moe, tmp_path / "more.safetensors")
 
@@ -260,8 +260,8 @@ class TestTasks:
         (tmp_path / "own.yaml").write_text(
             "task: own\ndataset_path: json\n"
             f"dataset_kwargs: {{data_files: {{test: {tmp_path}/items.jsonl}}, cache_dir: {tmp_path}/cache}}\n"
-            "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: ['yes', 'no']\n"
-            "doc_to_target: gold\nmetric_list: [{metric: acc}]\n"
+            "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
+            "doc_to_choice: ['yes', 'no']\ndoc_to_target: gold\nmetric_list: [{metric: acc}]\n"
         )
         (row,) = run_tasks(reader, tokenizer, ["own"], names=["base", "tuned"], folder=tmp_path, batch=2)
         assert (row["items"], row["base"], row["tuned_only"]) == (8, 1.0, 0)
@@ -276,4 +276,4 @@ def test_a_model_keeps_its_own_router(reader: HfReader) -> None:
         assert any(not torch.equal(router_state(moe)[name], other[name]) for name in other)
         set_router(moe, other)
         assert all(torch.equal(router_state(moe)[name], other[name]) for name in other)
-    assert EXPERTS == moe.experts
+    assert moe.experts == EXPERTS

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from accelerate import cpu_offload  # noqa: E402
+from accelerate import dispatch_model  # noqa: E402
 from tiny_hf import ARCHITECTURES, LAYERS, tiny_model  # noqa: E402
 
 from remoe_edge.tuning.adapters import MoE, adapt  # noqa: E402
@@ -39,11 +39,10 @@ def run(moe: MoE) -> tuple[TuneResult, list[dict[str, float]]]:
     return result, [{term: row[term] for term in (*TERMS, "grad_norm")} for row in log]
 
 
-def offload_experts(moe: MoE) -> None:
-    """As `--experts-on-cpu` does it: what stays is empty, and every pass fetches the weights for itself."""
-    for name, module in moe.model.named_modules():
-        if name.endswith(".experts"):
-            cpu_offload(module, execution_device=torch.device("cpu"))
+def offload_experts(moe: MoE, folder: Path) -> None:
+    """As `--experts-on-cpu` does it on a GPU: the modules are empty, and every pass fetches the weights for itself."""
+    places = {name: "disk" for name, _ in moe.model.named_modules() if name.endswith(".experts")}
+    dispatch_model(moe.model, {"": "cpu", **places}, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
 def count_passes(moe: MoE) -> list[int]:
@@ -65,7 +64,7 @@ def test_saving_memory_gives_the_same_router(arch: str, offloaded: bool, tmp_pat
     plain = adapt(load_model(folder))
     saving = adapt(load_model(folder, gradient_checkpointing=True))
     if offloaded:
-        offload_experts(saving)
+        offload_experts(saving, tmp_path / "experts")
         experts = [p for n, p in saving.model.named_parameters() if ".experts." in n]
         assert experts
         assert {p.device.type for p in experts} == {"meta"}
@@ -91,5 +90,5 @@ def test_proof_covers_experts_that_are_not_in_the_module(tmp_path: Path) -> None
     before = _frozen_hash(moe)
     with torch.no_grad():
         next(p for n, p in moe.model.named_parameters() if ".experts." in n)[0, 0, 0] += 1
-    offload_experts(moe)
+    offload_experts(moe, tmp_path / "experts")
     assert _frozen_hash(moe) != before

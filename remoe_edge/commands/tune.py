@@ -167,7 +167,6 @@ def command(
         raise RemoeError("--export-hf needs MODEL to be a folder; download it first: hf download MODEL --local-dir DIR")
     try:
         import torch
-        from accelerate import Accelerator
 
         from remoe_edge.tuning.adapters import adapt
         from remoe_edge.tuning.data import load_sequences
@@ -175,14 +174,14 @@ def command(
         from remoe_edge.tuning.export import card, export_checkpoint, write_card, write_router
         from remoe_edge.tuning.load import DTYPES, load_model, load_tokenizer
         from remoe_edge.tuning.losses import Weights
-        from remoe_edge.tuning.train import TuneConfig, tune
+        from remoe_edge.tuning.train import TuneConfig, join_processes, tune
     except ImportError as error:
         raise RemoeError(f"tuning needs {error.name}: pip install 'remoe-edge[tune]'") from error
     chosen = Weights(**dict.fromkeys(_TERMS, 0.0)) if control else Weights(**given)
     guard = max_ppl_increase if max_ppl_increase >= 0 else None
     config = TuneConfig(weights=chosen, window=window_size, max_ppl_increase=guard, **settings)
     assert {field.name for field in fields(TuneConfig)} >= settings.keys()
-    accelerator = Accelerator()
+    accelerator = join_processes()
     # One process speaks for all.
     with stderr_progress() if accelerator.is_main_process else nullcontext(silent) as report:
         tokenizer = load_tokenizer(model)
@@ -197,10 +196,12 @@ def command(
         moe = adapt(loaded)
         needs = estimate(moe, config, length, gradient_checkpointing=gradient_checkpointing or experts_on_cpu)
         if accelerator.is_main_process:
+            host = f" and {format_size(needs.host)} of experts on the host" if needs.host else ""
             click.echo(
                 f"{moe.model_type}: {moe.layers} MoE layers, top {moe.top_k} of {moe.experts} experts; training "
                 f"{needs.trained:,} router weights, {len(rows)} sequences of {length}, {len(kept)} held out; memory "
-                f"about {format_size(needs.memory)}, {needs.flops_per_step * config.steps / 1e15:.2g} PFLOP in all",
+                f"about {format_size(needs.memory)}{host}, "
+                f"{needs.flops_per_step * config.steps / 1e15:.2g} PFLOP in all",
                 err=True,
             )
         # Matrix products of a float32 model in bfloat16: half the time on CPUs that have the instructions.

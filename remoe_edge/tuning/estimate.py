@@ -13,9 +13,10 @@ from remoe_edge.tuning.train import TuneConfig
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and work of a run; activations are a rough upper figure."""
+    """Bytes and work of a run; activations are a rough upper figure. `host` is what stays in host memory, else 0."""
 
     weights: int
+    host: int
     trained: int
     activations: int
     flops_per_step: float
@@ -29,7 +30,11 @@ class Estimate:
 def estimate(moe: MoE, config: TuneConfig, length: int, *, gradient_checkpointing: bool = False) -> Estimate:
     """From parameter counts: about 2 FLOPs per active weight and token forward and 2 back, since weights are frozen."""
     settings: Any = moe.model.config
-    weights = sum(p.numel() * p.element_size() for p in moe.model.parameters())
+    host = sum(p.nbytes for p in moe.model.parameters() if p.is_meta)
+    weights = sum(p.nbytes for p in moe.model.parameters()) - host
+    if host:
+        # One layer's experts computes while the next one's are fetched.
+        weights += 2 * host // moe.layers
     trained = sum(p.numel() for p in moe.router_parameters().values())
     total = sum(p.numel() for p in moe.model.parameters())
     experts = sum(p.numel() for n, p in moe.model.named_parameters() if ".experts." in n)
@@ -42,4 +47,4 @@ def estimate(moe: MoE, config: TuneConfig, length: int, *, gradient_checkpointin
     block = 16 * settings.hidden_size + 3 * moe.top_k * inner
     kept = block + layers * settings.hidden_size if gradient_checkpointing else layers * block
     activations = tokens * (kept * size + 3 * 4 * settings.vocab_size)
-    return Estimate(weights, trained, activations, 4.0 * active * tokens * config.accumulation)
+    return Estimate(weights, host, trained, activations, 4.0 * active * tokens * config.accumulation)

@@ -10,7 +10,8 @@ import torch
 import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.router import INDEX_NAME
@@ -73,7 +74,9 @@ def load_model(
     except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise RemoeError(f"{model}: cannot be loaded: {_first_line(error)}") from error
     if gradient_checkpointing or experts_on_cpu:
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed in transformers 5.
+        enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return loaded
 
 

@@ -13,13 +13,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from accelerate import Accelerator
-from accelerate.utils import align_module_device, has_offloaded_params
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -142,9 +142,9 @@ def tune(
     Raises RemoeError when a loss is not finite and no state was good before, when memory runs out, and for a folder
     whose run had other settings.
     """
-    accelerator = accelerator or Accelerator()
-    run = _Run(moe, train, held_out, config, accelerator, autocast)
+    accelerator = accelerator or join_processes()
     frozen = _frozen_hash(moe)
+    run = _Run(moe, train, held_out, config, accelerator, autocast, frozen)
     state = _State()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +193,11 @@ def _progress_text(row: dict[str, Any], state: _State) -> str:
         f"step {row['step']}: loss {row['loss']:.3f}, reuse {row['reuse_rate']:.1%} "
         f"(kept: {best.reuse_rate / max(base, 1e-9) - 1:+.1%})"
     )
+
+
+def join_processes() -> Accelerator:
+    """This process among those that torchrun started, if it did; on CPUs, too, which accelerate wants to be told."""
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 def rate_at(step: int, config: TuneConfig) -> float:
@@ -251,8 +256,9 @@ class _Run:
         config: TuneConfig,
         accelerator: Accelerator,
         autocast: torch.dtype | None,
+        frozen: str,
     ) -> None:
-        self.moe, self.train, self.held_out, self.config = moe, train, held_out, config
+        self.moe, self.train, self.held_out, self.config, self.frozen = moe, train, held_out, config, frozen
         self.accelerator, self.autocast = accelerator, autocast
         self.parameters = moe.router_parameters()
         for parameter in moe.model.parameters():
@@ -260,22 +266,23 @@ class _Run:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         moe.model.eval()
-        if getattr(moe.model, "is_gradient_checkpointing", False):
+        for module in moe.model.modules():
             # Layers save memory in training mode only; what is inside them stays as it is, without dropout and jitter.
-            for module in moe.model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = True
         self.reference = {name: p.detach().clone() for name, p in self.parameters.items()}
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-        placed = getattr(moe.model, "hf_device_map", None) is not None
+        # Offloaded weights are empty where they stand, and cannot be moved.
+        placed = hasattr(moe.model, "hf_device_map") or any(p.is_meta for p in moe.model.parameters())
         self.model, self.optimizer = accelerator.prepare(moe.model, optimizer, device_placement=[not placed, True])
         self._orders: dict[int, Tensor] = {}
         self._base_logs: dict[int, Tensor] = {}
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Of the settings that make a run what it is."""
-        said = json.dumps(asdict(self.config), sort_keys=True).encode()
+        """Of all that makes a run what it is: settings, data, model, and how it is computed."""
+        how = [self.accelerator.num_processes, str(self.autocast), str(next(self.moe.model.parameters()).dtype)]
+        said = json.dumps([asdict(self.config), self.frozen, how], sort_keys=True).encode()
         parts = [said, self.train.ids.tobytes(), self.held_out.ids.tobytes(), self.train.learn.tobytes()]
         parts += [tensor.cpu().numpy().tobytes() for tensor in self.reference.values()]
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
@@ -515,15 +522,26 @@ def _frozen_hash(moe: MoE) -> str:
     own = {id(parameter) for parameter in moe.router_parameters().values()}
     digest = hashlib.sha256()
     for place, module in sorted(moe.model.named_modules(), key=lambda named: named[0]):
-        # What is kept in host memory is in the module only while it is fetched.
-        fetched = align_module_device(module, "cpu") if has_offloaded_params(module) else contextlib.nullcontext()
-        with fetched:
+        with _fetched(module):
             named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in named:
                 if id(tensor) not in own:
                     digest.update(f"{place}.{name}".encode())
                     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _fetched(module: Any) -> Iterator[None]:
+    """Weights that accelerate keeps elsewhere are in the module only while it computes; or here."""
+    if not any(tensor.is_meta for tensor in module.parameters(recurse=False)):
+        yield
+        return
+    module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        module._hf_hook.post_forward(module, None)
 
 
 def _hash_equal(moe: MoE, before: str) -> str:
