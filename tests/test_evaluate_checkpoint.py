@@ -24,9 +24,28 @@ from remoe_edge.tuning.load import load_model, load_tokenizer  # noqa: E402
 from remoe_edge.tuning.losses import Weights  # noqa: E402
 from remoe_edge.tuning.train import TuneConfig  # noqa: E402
 
-WORDS = (
-    "the router of a model chooses experts for each token and neighbours reuse them when nothing has to be read".split()
-)
+WORDS = [
+    "the",
+    "router",
+    "of",
+    "a",
+    "model",
+    "chooses",
+    "experts",
+    "for",
+    "each",
+    "token",
+    "and",
+    "neighbours",
+    "reuse",
+    "them",
+    "when",
+    "nothing",
+    "has",
+    "to",
+    "be",
+    "read",
+]
 QUICK = ["--length", "24", "--sequences", "6", "--own-tokens", "4"]
 
 
@@ -183,6 +202,7 @@ class TestCommand:
         assert "--expert-cache has no effect" in refused(folder, changed, *text, "--expert-cache", "8s")
         assert "held-out text" in refused(folder, changed)
         assert "no such file" in refused(folder / "missing", changed, *text)
+        assert "name this one" in refused(folder, changed, *text, *text)
         assert "too few" in refused(folder, changed, *text, "--length", 4000)
 
 
