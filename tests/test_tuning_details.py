@@ -193,3 +193,18 @@ def test_a_model_of_the_hub_is_not_exported(tmp_path: Path) -> None:
     arguments = ["tune", "someone/model", "--data", str(tmp_path / "text.txt"), "-o", str(tmp_path / "r.safetensors")]
     with pytest.raises(RemoeError, match="needs MODEL to be a folder"):
         CliRunner().invoke(cli, [*arguments, "--export-hf", str(tmp_path / "out")], catch_exceptions=False)
+
+
+def test_a_run_goes_on_with_its_own_model_only(folder: Path, tmp_path: Path) -> None:
+    from remoe_edge.tuning.adapters import adapt
+
+    rows = Sequences(np.random.default_rng(0).integers(3, 60, (8, 9)), np.ones((8, 8), np.bool_), {})
+    config = TuneConfig(steps=1, accumulation=1)
+    tune(adapt(load_model(str(folder))), rows, rows, config, folder=tmp_path)
+    other = adapt(load_model(str(folder)))
+    with torch.no_grad():
+        # The same routers; one number of one expert is another.
+        next(p for n, p in other.model.named_parameters() if ".experts." in n)[0, 0, 0] += 1
+    with pytest.raises(RemoeError, match="other settings, data or model"):
+        tune(other, rows, rows, config, folder=tmp_path)
+    assert tune(adapt(load_model(str(folder))), rows, rows, config, folder=tmp_path).checks[-1].step == 1

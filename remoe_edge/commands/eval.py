@@ -29,16 +29,18 @@ _DEMO_SEEDS = 3
 _DEFAULT_LENGTH = 512
 
 
-class _Text(click.ParamType):
-    """NAME=FILE, or FILE with its stem as name."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
-        name, _, path = str(value).rpartition("=")
+def _texts(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, Path]:
+    """Of NAME=FILE, or of FILE with its stem as name."""
+    texts: dict[str, Path] = {}
+    for value in given:
+        name, _, path = value.rpartition("=")
+        name = name or Path(path).name.split(".")[0]
         if not Path(path).is_file():
-            self.fail(f"{path}: no such file", param, ctx)
-        return name or Path(path).name.split(".")[0], Path(path)
+            raise click.BadParameter(f"{path}: no such file", ctx, param)
+        if name in texts or name == "all":
+            raise click.BadParameter(f"there is a text '{name}' already; name this one: NAME={path}", ctx, param)
+        texts[name] = Path(path)
+    return texts
 
 
 def _path(**more: Any) -> click.Path:
@@ -115,7 +117,9 @@ _FLAGS = {
 @click.argument("base", required=False)
 @click.argument("tuned", type=_path(), nargs=-1)
 @click.option("--demo", is_flag=True, help="The packaged demo model, its tuned routers and its held-out texts.")
-@click.option("--text", "texts", type=_Text(), metavar="[NAME=]FILE", multiple=True, help="Held-out text; repeatable.")
+@click.option(
+    "--text", "texts", callback=_texts, metavar="[NAME=]FILE", multiple=True, help="Held-out text; repeatable."
+)
 @click.option("--control", "controls", type=_path(), multiple=True, help="CE-only router; repeatable.")
 @click.option("--length", metavar="TOKENS", type=click.IntRange(2), help="Of a sequence. [default: as tuned, or 512]")
 @click.option(
@@ -152,9 +156,7 @@ _FLAGS = {
 )
 @click.option("--force", is_flag=True, help="Overwrite an evaluation in --output.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    base: str | None, tuned: tuple[Path, ...], demo: bool, texts: tuple[tuple[str, Path], ...], **given: Any
-) -> None:
+def command(base: str | None, tuned: tuple[Path, ...], demo: bool, texts: dict[str, Path], **given: Any) -> None:
     """Compare BASE with the routers TUNED; several TUNED are seeds of one setting.
 
     \b
@@ -175,7 +177,7 @@ def command(
         if base:
             raise click.UsageError("BASE has no effect with --demo.")
         base, tuned = WORD, tuple(demo_router(seed) for seed in range(1 if given["frontier"] else _DEMO_SEEDS))
-        texts = texts or tuple(demo_texts().items())
+        texts = texts or demo_texts()
         if given["ablate"]:
             given["data"] = given["data"] or (demo_tuning_text(),)
     if base is None or not tuned:
@@ -184,7 +186,7 @@ def command(
     chosen = demo_checkpoint() if demo else Path(base)
     if not chosen.exists():
         raise click.UsageError(f"BASE: {base}: no such file or folder.")
-    options = _Options(base=chosen, tuned=tuned, demo=demo, texts=dict(texts), **given)
+    options = _Options(base=chosen, tuned=tuned, demo=demo, texts=texts, **given)
     options.check()
     if options.output is not None:
         outputs = ("frontier.md", "frontier.png") if options.frontier else ("eval.json", "eval.md", "eval.png")

@@ -68,7 +68,8 @@ class Figures:
     @property
     def distinct(self) -> npt.NDArray[np.int64]:
         """[layers], experts used at all."""
-        return (self.counts > 0).sum(1)
+        used: npt.NDArray[np.int64] = (self.counts > 0).sum(1)
+        return used
 
 
 def slots_for(experts: int, top_k: int) -> dict[str, int]:

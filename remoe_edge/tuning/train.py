@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,8 @@ def tune(
     whose run had other settings.
     """
     accelerator = accelerator or join_processes()
-    run = _Run(moe, train, held_out, config, accelerator, autocast)
     frozen = _frozen_hash(moe)
+    run = _Run(moe, train, held_out, config, accelerator, autocast, frozen)
     state = _State()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -255,8 +256,9 @@ class _Run:
         config: TuneConfig,
         accelerator: Accelerator,
         autocast: torch.dtype | None,
+        frozen: str,
     ) -> None:
-        self.moe, self.train, self.held_out, self.config = moe, train, held_out, config
+        self.moe, self.train, self.held_out, self.config, self.frozen = moe, train, held_out, config, frozen
         self.accelerator, self.autocast = accelerator, autocast
         self.parameters = moe.router_parameters()
         for parameter in moe.model.parameters():
@@ -276,10 +278,11 @@ class _Run:
         self._orders: dict[int, Tensor] = {}
         self._base_logs: dict[int, Tensor] = {}
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Of the settings that make a run what it is."""
-        said = json.dumps(asdict(self.config), sort_keys=True).encode()
+        """Of all that makes a run what it is: settings, data, model, and how it is computed."""
+        how = [self.accelerator.num_processes, str(self.autocast), str(next(self.moe.model.parameters()).dtype)]
+        said = json.dumps([asdict(self.config), self.frozen, how], sort_keys=True).encode()
         parts = [said, self.train.ids.tobytes(), self.held_out.ids.tobytes(), self.train.learn.tobytes()]
         parts += [tensor.cpu().numpy().tobytes() for tensor in self.reference.values()]
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
