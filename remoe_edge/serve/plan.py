@@ -101,6 +101,8 @@ class Plan:
         What the model process takes beside that, requests being parsed included; and this one, with a margin.
     expert_bytes
         Of all experts in the file.
+    pools
+        Whether the model says how embeddings of tokens become one.
     chat_template
         A Jinja file; None for the model's own.
     """
@@ -114,6 +116,7 @@ class Plan:
     queue: int
     max_request: int
     embeddings: bool
+    pools: bool
     chat_template: Path | None
     cache: CacheConfig
     memory: int | None
@@ -167,6 +170,8 @@ class Plan:
         command += ["--no-kv-unified", "--fit", "off", "--no-ui", "--metrics", "--no-slots", "--no-log-timestamps"]
         if self.embeddings:
             command.append("--embeddings")
+            # A model that is no embedding model does not say how: the mean over its tokens.
+            command += [] if self.pools else ["--pooling", "mean"]
         return command
 
     def fields(self) -> dict[str, Any]:
@@ -199,6 +204,7 @@ def make_plan(options: Options, runtime: Runtime) -> Plan:
             queue=options.queue,
             max_request=max_request,
             embeddings=options.embeddings,
+            pools=model.pools,
             chat_template=options.chat_template or (None if model.has_chat_template else CHATML),
             cache=cache,
             memory=options.memory,
@@ -292,6 +298,7 @@ class _Model:
         if "output.weight" not in named and "token_embd.weight" in named:
             # Tied: the output may be kept a second time, rearranged for this CPU's kernels.
             self.dense += named["token_embd.weight"].nbytes
+        self.pools = f"{architecture}.pooling_type" in first.fields
         self.has_chat_template = "tokenizer.chat_template" in first.fields
         self.n_ctx_train = first.integer(f"{architecture}.context_length") or _CONTEXTS[-1]
 
