@@ -60,17 +60,7 @@ def client(server: Serving) -> Iterator[openai.OpenAI]:
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A twin whose steps read as a call of a tool: what a trained model would write, through router and cache."""
     folder = tmp_path_factory.mktemp("scripted")
-    pieces = [
-        "<tool_call>",
-        "\n",
-        '{"name": "judge", ',
-        '"arguments": ',
-        '{"good": ',
-        "true",
-        "}}",
-        "\n",
-        "</tool_call>",
-    ]
+    pieces = ["<tool_call>", "\n", '{"name": "judge", ', '"arguments": ', '{"good": ', "true", "}}", "</tool_call>"]
     tokenizer = step_tokenizer(STEPS)
     texts = list(tokenizer["tokenizer.ggml.tokens"])  # type: ignore[call-overload]
     texts[step_token(1) : step_token(1 + len(pieces))] = pieces

@@ -18,7 +18,7 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import Layout, read_model
 from remoe_edge.measure.worker import process_memory
 from remoe_edge.runtime.build import Runtime
-from remoe_edge.runtime.llama import CacheConfig, default_threads
+from remoe_edge.runtime.llama import CacheConfig, default_threads, load_model
 from remoe_edge.sizes import format_size, parse_size
 
 CHATML = Path(__file__).parent / "chatml.jinja"
@@ -321,13 +321,18 @@ def _context_memory(runtime: Runtime, options: Options, ctx: int) -> tuple[int, 
     command = [str(runtime.bin_dir / "llama-fit-params"), "--model", str(options.model), "--fit-print", "on"]
     command += ["--parallel", str(options.slots), "--ctx-size", str(ctx * options.slots)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TOOL_TIMEOUT_S)
+        # Without a debugger's account of where it gave up.
+        environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_TOOL_TIMEOUT_S, env=environment
+        )
     except subprocess.TimeoutExpired as error:
         raise RemoeError(f"{options.model}: llama-fit-params did not end within {_TOOL_TIMEOUT_S} s") from error
     found = re.search(r"^Host (\d+) (\d+) (\d+)", done.stdout, re.MULTILINE)
     if done.returncode or not found:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
-        raise RemoeError(f"{options.model}: {said[0].strip() if said else 'the model could not be loaded'}")
+        # The tool does not say why; loading does.
+        with load_model(options.model):
+            raise RemoeError(f"{options.model}: llama-fit-params failed with status {done.returncode}")
     return (int(found[2]) + 1) * _MIB, (int(found[3]) + 1) * _MIB
 
 
