@@ -63,6 +63,7 @@ def plan(**changes: object) -> Plan:
         "queue": 1,
         "max_request": 1000,
         "embeddings": False,
+        "pools": False,
         "chat_template": None,
         "cache": CacheConfig("auto"),
         "memory": None,

@@ -17,9 +17,12 @@ import openai
 import pytest
 from browser import find_browser, open_browser
 from serving import Serving, eventually, serving
+from small_twin import STEPS, write_small_twin
 from tiny_models import DENSE_ARCHITECTURE, write_tiny_model
 
+from remoe_edge.routing.twin import step_token, step_tokenizer
 from remoe_edge.runtime.build import ensure_runtime
+from remoe_edge.serve.plan import CHATML
 
 pytestmark = pytest.mark.runtime
 
@@ -51,6 +54,23 @@ def server(model: Path) -> Iterator[Serving]:
 def client(server: Serving) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as it:
         yield it
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A twin whose steps read as a call of a tool: what a trained model would write, through router and cache."""
+    folder = tmp_path_factory.mktemp("scripted")
+    pieces = ["<tool_call>", "\n", '{"name": "judge", ', '"arguments": ', '{"good": ', "true", "}}", "</tool_call>"]
+    tokenizer = step_tokenizer(STEPS)
+    texts = list(tokenizer["tokenizer.ggml.tokens"])  # type: ignore[call-overload]
+    texts[step_token(1) : step_token(1 + len(pieces))] = pieces
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("remoe_edge.routing.twin.step_tokenizer", lambda _: {**tokenizer, "tokenizer.ggml.tokens": texts})
+        twin = write_small_twin(folder / "scripted.gguf")
+    template = folder / "template.jinja"
+    template.write_text(CHATML.read_text() + "{{- 'w00000' }}")
+    with serving(twin, folder, "--expert-cache", "4s", "--ctx", "2048", "--chat-template", str(template)) as server:
+        yield server
 
 
 def greedy(client: openai.OpenAI, prompt: str, n: int = 24) -> tuple[str, list[float]]:
@@ -98,18 +118,20 @@ class TestAnswers:
         )
         assert set(json.loads(answer.choices[0].message.content)) == {"good"}
 
-    def test_tools(self, client: openai.OpenAI) -> None:
-        answer = client.chat.completions.create(
-            model="tiny",
-            messages=[{"role": "user", "content": "Is it good?"}],
-            max_tokens=200,
-            temperature=0,
-            tools=[TOOL],
-            tool_choice="required",
-        )
-        (call,) = answer.choices[0].message.tool_calls
-        assert call.function.name == "judge"
-        assert set(json.loads(call.function.arguments)) == {"good"}
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_tools(self, scripted: Serving, stream: bool) -> None:
+        given = {"model": "x", "messages": [{"role": "user", "content": "Is it good?"}], "tools": [TOOL]}
+        with openai.OpenAI(base_url=f"{scripted.url}/v1", api_key="none") as client:
+            answer = client.chat.completions.create(
+                **given, max_tokens=20, temperature=0, tool_choice="required", stream=stream
+            )
+            if stream:
+                calls = [call for chunk in answer for call in chunk.choices[0].delta.tool_calls or ()]
+            else:
+                calls = answer.choices[0].message.tool_calls
+                assert answer.choices[0].finish_reason == "tool_calls"
+        assert calls[0].function.name == "judge"
+        assert json.loads("".join(call.function.arguments or "" for call in calls)) == {"good": True}
 
     def test_stop_and_models(self, client: openai.OpenAI) -> None:
         text = client.completions.create(model="tiny", prompt=PROMPTS[1], max_tokens=12, temperature=0).choices[0].text
@@ -157,7 +179,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("path", "given", "status", "message"),
         [
-            ("/v1/chat/completions", {"data": b'{"messages": ['}, 400, "parse"),
+            ("/v1/chat/completions", {"data": b'{"messages": ['}, 400, "line 1 column 15"),
             ("/v1/chat/completions", {"data": b"\xff\xfe"}, 400, "."),
             ("/v1/chat/completions", {"body": {"messages": "no list"}}, 400, "messages"),
             ("/v1/completions", {"body": {"prompt": "word " * 2_000_000}}, 413, "--max-request"),

@@ -59,7 +59,7 @@ _KEEP_ALIVE_S = 20.0
 _STREAM = web.RequestKey("stream", web.StreamResponse)
 """Where a request keeps its answer once the status has been sent."""
 
-_FORWARDED = ("Content-Type", "Accept", "X-Conversation-Id")
+_FORWARDED = ("Content-Type", "Accept")
 _RETURNED = ("Content-Type", "Cache-Control")
 
 
@@ -70,7 +70,7 @@ class Limits:
     Attributes
     ----------
     request_s
-        For a whole request: waiting, reading, generating.
+        For an answer, from the end of the request's arrival: waiting for a slot, reading, generating.
     client_s
         For a client to send a request's body, and to take each part of an answer.
     """
@@ -95,6 +95,12 @@ class _RefusalError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return web.Response(status=self.status, body=self.body(), content_type="application/json", headers=headers)
+
+
+def _died() -> _RefusalError:
+    return _RefusalError(
+        503, "the model process ended while it answered; it is being restarted", "unavailable_error", "died", 2
+    )
 
 
 class _ClientGoneError(Exception):
@@ -130,7 +136,7 @@ class Front:
         self._client = aiohttp.ClientSession(
             # No limit of its own: `_admit` has one. Fresh connections, because the other side may be a new process.
             connector=aiohttp.UnixConnector(str(self._process.socket), limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None),
+            timeout=aiohttp.ClientTimeout(total=self._limits.request_s),
             auto_decompress=False,
         )
         server = web.Server(
@@ -153,11 +159,9 @@ class Front:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
-            response = await asyncio.wait_for(self._route(request), self._limits.request_s)
+            response = await self._route(request)
         except _RefusalError as refusal:
             response = refusal.response()
-        except asyncio.TimeoutError:
-            response = request.get(_STREAM) or self._too_long().response()
         except _ClientGoneError:
             response = request[_STREAM]
         self._answers[response.status] += 1
@@ -298,19 +302,11 @@ class Front:
                 await response.prepare(request)
                 async for chunk in answer.content.iter_any():
                     await self._send(request, response, chunk)
-        except aiohttp.ClientError:
-            refusal = _RefusalError(
-                503, "the model process ended while it answered; it is being restarted", "unavailable_error", "died", 2
-            )
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            refusal = self._too_long() if isinstance(error, asyncio.TimeoutError) else _died()
             if response is None:
                 raise refusal from None
             await self._end_stream(request, response, refusal)
-        except asyncio.CancelledError:
-            # The time is up, or the client has gone; only the first can still be told.
-            if response is not None:
-                with suppress(_ClientGoneError, RuntimeError):
-                    await self._end_stream(request, response, self._too_long())
-            raise
         with suppress(OSError):
             await response.write_eof()
         return response

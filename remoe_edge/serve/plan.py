@@ -18,7 +18,7 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import Layout, read_model
 from remoe_edge.measure.worker import process_memory
 from remoe_edge.runtime.build import Runtime
-from remoe_edge.runtime.llama import CacheConfig, default_threads
+from remoe_edge.runtime.llama import CacheConfig, default_threads, load_model
 from remoe_edge.sizes import format_size, parse_size
 
 CHATML = Path(__file__).parent / "chatml.jinja"
@@ -101,6 +101,8 @@ class Plan:
         What the model process takes beside that, requests being parsed included; and this one, with a margin.
     expert_bytes
         Of all experts in the file.
+    pools
+        Whether the model says how embeddings of tokens become one.
     chat_template
         A Jinja file; None for the model's own.
     """
@@ -114,6 +116,7 @@ class Plan:
     queue: int
     max_request: int
     embeddings: bool
+    pools: bool
     chat_template: Path | None
     cache: CacheConfig
     memory: int | None
@@ -167,6 +170,8 @@ class Plan:
         command += ["--no-kv-unified", "--fit", "off", "--no-ui", "--metrics", "--no-slots", "--no-log-timestamps"]
         if self.embeddings:
             command.append("--embeddings")
+            # A model that is no embedding model does not say how: the mean over its tokens.
+            command += [] if self.pools else ["--pooling", "mean"]
         return command
 
     def fields(self) -> dict[str, Any]:
@@ -199,6 +204,7 @@ def make_plan(options: Options, runtime: Runtime) -> Plan:
             queue=options.queue,
             max_request=max_request,
             embeddings=options.embeddings,
+            pools=model.pools,
             chat_template=options.chat_template or (None if model.has_chat_template else CHATML),
             cache=cache,
             memory=options.memory,
@@ -292,6 +298,7 @@ class _Model:
         if "output.weight" not in named and "token_embd.weight" in named:
             # Tied: the output may be kept a second time, rearranged for this CPU's kernels.
             self.dense += named["token_embd.weight"].nbytes
+        self.pools = f"{architecture}.pooling_type" in first.fields
         self.has_chat_template = "tokenizer.chat_template" in first.fields
         self.n_ctx_train = first.integer(f"{architecture}.context_length") or _CONTEXTS[-1]
 
@@ -314,13 +321,18 @@ def _context_memory(runtime: Runtime, options: Options, ctx: int) -> tuple[int, 
     command = [str(runtime.bin_dir / "llama-fit-params"), "--model", str(options.model), "--fit-print", "on"]
     command += ["--parallel", str(options.slots), "--ctx-size", str(ctx * options.slots)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TOOL_TIMEOUT_S)
+        # Without a debugger's account of where it gave up.
+        environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_TOOL_TIMEOUT_S, env=environment
+        )
     except subprocess.TimeoutExpired as error:
         raise RemoeError(f"{options.model}: llama-fit-params did not end within {_TOOL_TIMEOUT_S} s") from error
     found = re.search(r"^Host (\d+) (\d+) (\d+)", done.stdout, re.MULTILINE)
     if done.returncode or not found:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
-        raise RemoeError(f"{options.model}: {said[0].strip() if said else 'the model could not be loaded'}")
+        # The tool does not say why; loading does.
+        with load_model(options.model):
+            raise RemoeError(f"{options.model}: llama-fit-params failed with status {done.returncode}")
     return (int(found[2]) + 1) * _MIB, (int(found[3]) + 1) * _MIB
 
 
