@@ -24,28 +24,7 @@ from remoe_edge.tuning.load import load_model, load_tokenizer  # noqa: E402
 from remoe_edge.tuning.losses import Weights  # noqa: E402
 from remoe_edge.tuning.train import TuneConfig  # noqa: E402
 
-WORDS = [
-    "the",
-    "router",
-    "of",
-    "a",
-    "model",
-    "chooses",
-    "experts",
-    "for",
-    "each",
-    "token",
-    "and",
-    "neighbours",
-    "reuse",
-    "them",
-    "when",
-    "nothing",
-    "has",
-    "to",
-    "be",
-    "read",
-]
+WORDS = "the router of a model chooses experts for each token and neighbours reuse them when nothing is read"
 QUICK = ["--length", "24", "--sequences", "6", "--own-tokens", "4"]
 
 
@@ -60,7 +39,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for name in "prose", "other":
         made[name] = tmp_path_factory.mktemp("text") / f"{name}.txt"
-        made[name].write_text(" ".join(rng.choice(WORDS, 400)), encoding="utf-8")
+        made[name].write_text(" ".join(rng.choice(WORDS.split(), 400)), encoding="utf-8")
     return made
 
 
@@ -209,7 +188,7 @@ class TestCommand:
 class TestAblation:
     def test_variants_leave_out_one_term_each(self) -> None:
         found = variants(TuneConfig(weights=Weights(smooth=0.0)))
-        assert list(found) == ["tuned", "ce-only", "no-kl", "no-reuse", "no-lag", "no-window"]
+        assert list(found) == ["full", "ce-only", "no-kl", "no-reuse", "no-lag", "no-window"]
         assert found["no-kl"].weights == Weights(smooth=0.0, kl=0.0)
         assert not found["ce-only"].weights.local
         assert found["ce-only"].weights.kl == 0
@@ -225,11 +204,11 @@ class TestAblation:
         assert settings_of(router)[1] == 16
         out = tmp_path / "out"
         command = [folder, router, "--ablate", "--data", data, "--seeds", 2, *text, "-o", out]
-        result = json.loads(invoke(*command, "--only", "tuned", "--only", "ce-only", "--json"))
+        result = json.loads(invoke(*command, "--only", "full", "--only", "ce-only", "--json"))
         assert result["groups"].keys() == {"tuned", "ce-only"}
-        assert result["groups"]["tuned"]["routers"] == ["tuned-seed0", "tuned-seed1"]
+        assert result["groups"]["tuned"]["routers"] == ["full-seed0", "full-seed1"]
         assert result["verdicts"][3]["reached"] is not None
-        one, two = (load_file(out / f"router-tuned-seed{seed}.safetensors") for seed in (0, 1))
+        one, two = (load_file(out / f"router-full-seed{seed}.safetensors") for seed in (0, 1))
         assert any(not torch.equal(one[name], two[name]) for name in one)
         assert card_of(out / "router-ce-only-seed1.safetensors")["settings"]["weights"]["reuse"] == 0
         before = {path: path.stat().st_mtime_ns for path in out.glob("router-*")}
@@ -264,7 +243,7 @@ class TestTasks:
     def test_tasks_of_the_harness(self, reader: HfReader, folder: Path, tmp_path: Path) -> None:
         """A task of our own: the answer that the base finds likelier is the right one, so the base is always right."""
         pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `eval`)")
-        questions = [" ".join(words) for words in zip(WORDS, WORDS[3:], WORDS[5:], strict=False)][:8]
+        questions = [" ".join(words) for words in zip(*(WORDS.split()[skip:] for skip in (0, 3, 5)), strict=False)][:8]
         tokenizer = load_tokenizer(str(folder))
         choices = [" yes", " no"]
         with reader.router("base") as moe, torch.no_grad(), (tmp_path / "items.jsonl").open("w") as file:

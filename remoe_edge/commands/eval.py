@@ -138,7 +138,7 @@ _FLAGS = {
 @click.option("--ablate", is_flag=True, help="Tune again without each term of the loss, and on cross entropy alone.")
 @click.option("--data", metavar="FILE", type=_path(dir_okay=False), multiple=True, help="To tune on; repeatable.")
 @click.option("--seeds", metavar="N", type=click.IntRange(1), help="Of every variant. [default: 3]")
-@click.option("--only", metavar="VARIANT", multiple=True, help="tuned, ce-only, no-kl ...; repeatable. [default: all]")
+@click.option("--only", metavar="VARIANT", multiple=True, help="full, ce-only, no-kl ...; repeatable. [default: all]")
 @click.option("--frontier", is_flag=True, help="Instead: perplexity against bytes per token, with a routing bias.")
 @click.option("--slots", metavar="N", type=click.IntRange(1), multiple=True, help="[default: 1/8 and 1/4 of experts]")
 @click.option(
@@ -262,7 +262,7 @@ def _checkpoint(options: _Options, report: Report) -> Iterator[_Side]:
     try:
         import torch
 
-        from remoe_edge.evaluate.ablate import ablate, settings_of
+        from remoe_edge.evaluate.ablate import FULL, ablate, settings_of
         from remoe_edge.evaluate.harness import run_tasks
         from remoe_edge.evaluate.hf_reader import HfReader, router_from, router_state, set_router
         from remoe_edge.tuning.adapters import adapt
@@ -293,11 +293,11 @@ def _checkpoint(options: _Options, report: Report) -> Iterator[_Side]:
             autocast=None if torch.cuda.is_available() else torch.bfloat16,
             report=report,
         )
-        for group, paths in made.items():
-            own = {f"{group}-seed{seed}": path for seed, path in enumerate(paths)}
+        for variant, paths in made.items():
+            own = {f"{variant}-seed{seed}": path for seed, path in enumerate(paths)}
             names |= own
             # What was tuned here, all in one way, takes the place of what was given.
-            groups[group] = list(own)
+            groups[TUNED if variant == FULL else variant] = list(own)
     routers = {"base": base} | {name: router_from(moe, path) for name, path in names.items()}
     used = {"base", *(name for group in groups.values() for name in group)}
     for parameter in moe.model.parameters():

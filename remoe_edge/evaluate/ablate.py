@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.evaluate.evaluation import CONTROL, TUNED
+from remoe_edge.evaluate.evaluation import CONTROL
 from remoe_edge.evaluate.hf_reader import RouterState, set_router
 from remoe_edge.progress import Report, silent
 from remoe_edge.tuning.adapters import MoE
@@ -23,7 +23,8 @@ from remoe_edge.tuning.losses import Weights
 from remoe_edge.tuning.train import TuneConfig, tune
 
 TERMS = ("kl", "reuse", "smooth", "lag", "window")
-VARIANTS = (TUNED, CONTROL, *(f"no-{term}" for term in TERMS))
+FULL = "full"
+"""Name of the variant with the settings as they are."""
 
 _ALL_OFF = Weights(ce=1.0, kl=0.0, reuse=0.0, smooth=0.0, lag=0.0, window=0.0)
 
@@ -54,7 +55,7 @@ def settings_of(router: Path) -> tuple[TuneConfig, int]:
 
 def variants(config: TuneConfig) -> dict[str, TuneConfig]:
     """The full loss, the control, and one for each term that has a weight, by name."""
-    found = {TUNED: config, CONTROL: replace(config, weights=_ALL_OFF)}
+    found = {FULL: config, CONTROL: replace(config, weights=_ALL_OFF)}
     for term in TERMS:
         if getattr(config.weights, term):
             found[f"no-{term}"] = replace(config, weights=config.weights.without(term))
