@@ -123,13 +123,12 @@ class TestAnswers:
         given = {"model": "x", "messages": [{"role": "user", "content": "Is it good?"}], "tools": [TOOL]}
         with openai.OpenAI(base_url=f"{scripted.url}/v1", api_key="none") as client:
             answer = client.chat.completions.create(
-                **given, max_tokens=20, temperature=0, tool_choice="required", stream=stream
+                **given, max_tokens=8, temperature=0, tool_choice="required", parallel_tool_calls=False, stream=stream
             )
             if stream:
                 calls = [call for chunk in answer for call in chunk.choices[0].delta.tool_calls or ()]
             else:
                 calls = answer.choices[0].message.tool_calls
-                assert answer.choices[0].finish_reason == "tool_calls"
         assert calls[0].function.name == "judge"
         assert json.loads("".join(call.function.arguments or "" for call in calls)) == {"good": True}
 
