@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import signal
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from remoe_edge.files import refuse_existing
 from remoe_edge.measure.workloads import PACKAGED, Prompt, Workload, load_workload
 from remoe_edge.progress import stderr_progress
 from remoe_edge.routing.record import Recording, record_decode, record_forced
+from remoe_edge.routing.record_hf import record_hf_decode, record_hf_forced
 from remoe_edge.routing.selftest import SelfTest, self_test
 from remoe_edge.routing.trace import save_trace
 from remoe_edge.runtime.build import ensure_runtime
@@ -106,26 +106,30 @@ def command(
     Texts of their own are sequences of their own.
 
     A trace is told to be suspect if neighbouring tokens share hardly more experts than chance would have it. Ctrl-C
-    writes the tokens recorded so far, and exits with status 130.
+    writes the tokens of a GGUF recorded so far, of a Hugging Face model nothing, and exits with status 130.
     """
     _check(model, texts, workload, chat, n_gen, forced, length, limit, budget)
     refuse_existing(output, force)
     prompts = () if forced else _prompts(texts, workload, limit).prompts
-    text = _read(forced) if forced else None
+    cache = None if model.is_dir() else _cache(model, budget)
     with stderr_progress() as report:
         options: dict[str, Any] = {"probs": probs, "n_threads": threads, "report": report}
-        if model.is_dir():
-            options |= {"prompts": prompts, "n_tokens": n_gen or _DEFAULT_TOKENS, "chat": chat}
-            options |= {"text": text, "name": forced.name if forced else None, "limit": limit}
-            recording = _trace_hf(model, {**options, "length": length or _DEFAULT_LENGTH})
-        else:
-            cache = _cache(model, budget)
+        if cache is not None:
             ensure_runtime(report=report)
-            if forced is not None and text is not None:
-                options |= {"length": length or _DEFAULT_LENGTH, "limit": limit, "name": forced.name}
-                recording = record_forced(model, text, cache, **options)
-            else:
-                recording = record_decode(model, prompts, n_gen or _DEFAULT_TOKENS, cache, chat=chat, **options)
+        if forced is not None:
+            options |= {"length": length or _DEFAULT_LENGTH, "limit": limit, "name": forced.name}
+            text = _read(forced)
+            recording = (
+                record_forced(model, text, cache, **options) if cache else record_hf_forced(model, text, **options)
+            )
+        else:
+            options |= {"chat": chat}
+            n_tokens = n_gen or _DEFAULT_TOKENS
+            recording = (
+                record_decode(model, prompts, n_tokens, cache, **options)
+                if cache
+                else record_hf_decode(model, prompts, n_tokens, **options)
+            )
     save_trace(recording.trace, output, force=force)
     test = self_test(recording.trace)
     if as_json:
@@ -179,16 +183,6 @@ def _cache(model: Path, budget: str | None) -> CacheConfig:
     if not has_experts(model):
         raise RemoeError(f"{model}: has no experts, so there is no routing to record")
     return CacheConfig(budget or "auto")
-
-
-def _trace_hf(folder: Path, options: dict[str, Any]) -> Recording:
-    try:
-        module = importlib.import_module("remoe_edge.tuning.hf_trace")
-    except ImportError as error:
-        raise RemoeError(
-            f"{folder} is a folder, and a Hugging Face model needs PyTorch ({error}); pip install 'remoe-edge[tune]'"
-        ) from error
-    return Recording(module.trace_hf(folder, **options), n_prompt=0, interrupted=False)
 
 
 def _summary(output: Path, recording: Recording, test: SelfTest) -> dict[str, Any]:

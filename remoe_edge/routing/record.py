@@ -100,11 +100,7 @@ def record_forced(
     Each begins with the token that the model begins texts with, if it does. Raises RemoeError as `record_decode`.
     """
     with load_model(model, cache, repack=False) as loaded:
-        begin = loaded.tokenize("")[:1]
-        body, step = loaded.tokenize(text, add_special=False), length - len(begin)
-        chunks = [begin + body[start : start + step] for start in range(0, len(body), step)][:limit]
-        if not chunks:
-            raise RemoeError(f"{name}: holds no text")
+        chunks = cut(loaded.tokenize("")[:1], loaded.tokenize(text, add_special=False), length, limit, name)
         batch = min(length, _FORCED_BATCH)
         threads = n_threads or default_threads()
         with loaded.session(n_ctx=length, n_batch=batch, n_ubatch=batch, n_threads=threads) as session:
@@ -118,6 +114,17 @@ def _given(session: Session, tokens: list[int], batch: int) -> Iterator[float]:
     for start in range(0, len(tokens), batch):
         yield start / len(tokens)
         session.decode(tokens[start : start + batch], all_logits=True)
+
+
+def cut(begin: list[int], tokens: list[int], length: int, limit: int | None, name: str) -> list[list[int]]:
+    """Sequences of `length` tokens, each beginning with `begin`, the first `limit` of them.
+
+    Raises RemoeError if there are no tokens; `name` is what it calls the text.
+    """
+    if not tokens:
+        raise RemoeError(f"{name}: holds no text")
+    step = length - len(begin)
+    return [begin + tokens[start : start + step] for start in range(0, len(tokens), step)][:limit]
 
 
 class _Recorder:
