@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from remoe_edge.commands.run import has_experts
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import refuse_existing
+from remoe_edge.gguf_io.layout import has_experts
 from remoe_edge.measure.workloads import PACKAGED, Prompt, Workload, load_workload
 from remoe_edge.progress import stderr_progress
 from remoe_edge.routing.record import Recording, record_decode, record_forced

@@ -123,7 +123,7 @@ class Server:
                 )
                 self._on_ready(ready)
                 notify("READY=1")
-            await asyncio.wait({running, signalled}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(_both(running, signalled), return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 running.result()
             notify("STOPPING=1")
@@ -150,7 +150,7 @@ class Server:
         """Show progress until the process is ready for the first time, has failed, or a signal came."""
         while process.state != READY and not running.done() and not signalled.done():
             self._report("loading the model", _loaded(process.pid, self._plan))
-            await asyncio.wait({running, signalled}, timeout=_PROGRESS_S / 5, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(_both(running, signalled), timeout=_PROGRESS_S / 5, return_when=asyncio.FIRST_COMPLETED)
 
     async def _drain(self, front: Front, signalled: asyncio.Future[int]) -> None:
         """Let running answers end, for a while; a second signal ends the wait."""
@@ -223,3 +223,8 @@ def notify(state: str) -> None:
     address = "\0" + name[1:] if name.startswith("@") else name
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(state.encode(), address)
+
+
+def _both(task: asyncio.Task[None], future: asyncio.Future[int]) -> set[asyncio.Future[Any]]:
+    """A set of one type, as `asyncio.wait` wants it."""
+    return {task, future}
