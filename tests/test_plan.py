@@ -16,7 +16,7 @@ from remoe_edge.device.memory import available
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import read_model
 from remoe_edge.measure.memory_speed import memory_bandwidth
-from remoe_edge.measure.plan import STEP, Plan, make_plan
+from remoe_edge.measure.plan import STEP, Plan, choose_policy, make_plan
 from remoe_edge.routing.simulate import simulate
 from remoe_edge.routing.trace import save_trace
 from remoe_edge.runtime.budget import cache_bytes, expert_groups, floor_bytes, least_slots, most_slots, slots_for
@@ -49,9 +49,9 @@ def test_all_memory_becomes_slots_and_their_hit_rate_is_the_simulators(model: Pa
     assert (plan.layers, plan.experts, plan.top_k) == (3, 16, 2)
     assert {each.slots for each in plan.options} >= {2, 4, 6, 8, 12, 16}
     assert [each.fits for each in plan.options] == [each.slots <= plan.recommended.slots for each in plan.options]
-    # Policies with less metadata may get a slot more.
-    assert plan.recommended.slots in (8, 9)
-    assert plan.policy == max(plan.policies, key=lambda name: plan.policies[name])
+    assert plan.recommended.slots == 8
+    assert plan.policy == "next-use"
+    assert set(plan.policies) == set(POLICIES)
     first = replace(trace, ids=trace.ids[:32], offs=np.array([0, 32]))
     for each in plan.options:
         whole, before = (simulate(part, each.slots, plan.policy) for part in (trace, first))
@@ -65,6 +65,15 @@ def test_all_memory_becomes_slots_and_their_hit_rate_is_the_simulators(model: Pa
     assert plan.next is not None
     assert plan.next.slots == 16, f"{STEP} bytes hold everything"
     assert plan.command[:5] == ["remoe-edge", "run", str(model), "--expert-cache", plan.budget]
+
+
+def test_another_policy_than_the_default_has_to_prove_itself() -> None:
+    rates = {"next-use": 0.60, "lfu": 0.62, "lru": 0.58}
+    assert choose_policy(rates, 1000) == "lfu"
+    assert choose_policy(rates, 100) == "next-use"
+    assert choose_policy(rates | {"lfu": 0.605}, 1000) == "next-use"
+    # Too little memory for what the default learns.
+    assert choose_policy({"lfu": 0.5, "lru": 0.51}, 100) == "lru"
 
 
 def test_recommended_budget_is_what_the_memory_leaves(model: Path) -> None:

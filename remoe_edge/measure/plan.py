@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil, floor
 from pathlib import Path
@@ -45,6 +45,8 @@ _MIB = 1 << 20
 _RESERVE = 128 << 20
 _RESIDENT_TOKENS = 9
 _SCRATCH_BYTES = 512 << 20
+# The default policy learns while a trace runs: less of it, or a smaller lead of another, says little.
+_TELLING_TOKENS, _TELLING_RATE = 500, 0.01
 _PROMPT = "The harbour lies still in the morning."
 
 
@@ -223,8 +225,7 @@ def make_plan(
     own = {policy: slots_for(groups, divided.cache, policy) for policy in POLICIES}
     possible = [policy for policy in POLICIES if own[policy]]
     rates = {policy: curves.rates([own[policy]], policy)[own[policy]][0] for policy in possible}
-    # Of equals the runtime's default.
-    policy = max(possible, key=lambda name: rates[name])
+    policy = choose_policy(rates, curves.traces[0].tokens)
     slots = own[policy]
     more = slots_for(groups, divided.cache + STEP, policy) if slots < most(groups) else None
     chosen = {slots, more or slots, least(groups), most(groups)}
@@ -270,6 +271,18 @@ def make_plan(
         recommended=recommended,
         next=by_slots[more] if more is not None else None,
     )
+
+
+def choose_policy(rates: Mapping[str, float], tokens: int) -> str:
+    """The policy with the highest hit rate, but the runtime's default unless another is better beyond chance.
+
+    ``rates`` are hit rates by policy, on a trace of so many tokens.
+    """
+    best = max(rates, key=lambda name: rates[name])
+    default = POLICIES[0]
+    if default in rates and (tokens < _TELLING_TOKENS or rates[best] < rates[default] + _TELLING_RATE):
+        return default
+    return best
 
 
 def _refuse_too_little(model: Path, memory: Memory, groups: Sequence[ExpertGroup], n_ctx: int) -> None:
