@@ -48,7 +48,7 @@ def demo_texts() -> dict[str, Path]:
 
 
 def demo_tuning_text() -> Path:
-    """Text to tune the router on: a part of what the model was trained on."""
+    """Text to tune the router on: neither training text of the model nor held-out text."""
     return _FOLDER / "tune.jsonl.gz"
 
 

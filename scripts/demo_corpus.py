@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 END = "<|endoftext|>"
 WIKI_BYTES = 6_000_000
 """Of clean Wikipedia text; all of it would drown what a small model can learn."""
+EVALUATION_BYTES = {"stories": 400_000, "wiki": 200_000, "maths": 80_000, "code": 36_000}
+"""Held-out text that is kept for evaluation."""
 HELD_OUT = 25
 """One document in so many is held out."""
 
@@ -30,6 +32,26 @@ class Domain:
 
     train: list[str]
     held_out: list[str]
+
+
+def read_unseen(folder: Path) -> dict[str, list[str]]:
+    """Text to tune routers on, which the model was not trained on, as a user's would be: by domain.
+
+    What is held out and not kept for evaluation (the first `EVALUATION_BYTES` of each domain are), and articles after
+    those of the corpus.
+    """
+    unseen = {}
+    for name, domain in read_corpus(folder).items():
+        kept = 0
+        count = 0
+        for document in domain.held_out:
+            kept += len(document.encode())
+            count += 1
+            if kept > EVALUATION_BYTES[name]:
+                break
+        unseen[name] = domain.held_out[count:]
+    unseen["wiki"] = list(_wiki(folder, WIKI_BYTES, WIKI_BYTES + 600_000))
+    return unseen
 
 
 def read_corpus(folder: Path) -> dict[str, Domain]:
@@ -85,7 +107,7 @@ def _stories(folder: Path) -> Iterator[str]:
                 yield text
 
 
-def _wiki(folder: Path) -> Iterator[str]:
+def _wiki(folder: Path, start: int = 0, end: int = WIKI_BYTES) -> Iterator[str]:
     size = 0
     with gzip.open(folder / "enwik8.gz", "rt", encoding="utf-8", errors="replace") as file:
         data = file.read(60_000_000)
@@ -93,9 +115,10 @@ def _wiki(folder: Path) -> Iterator[str]:
         paragraphs = [p for p in _plain(page[1]).split("\n") if len(p) > 200]
         if paragraphs:
             text = "\n".join(paragraphs)[:8000]
-            yield text
+            if size > start or start == 0:
+                yield text
             size += len(text)
-        if size > WIKI_BYTES:
+        if size > end:
             return
 
 

@@ -21,13 +21,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import torch
-from demo_corpus import read_corpus
+from demo_corpus import EVALUATION_BYTES, read_corpus, read_unseen
 from ngram_baseline import ORDER, KneserNey
 from train_demo_model import MIXTURE, Corpus, config, export, restore
 from transformers import OlmoeForCausalLM
 
-HELD_OUT_BYTES = {"stories": 400_000, "wiki": 200_000, "maths": 160_000, "code": 80_000}
-TUNE_BYTES = 6_000_000
 LENGTH = 512
 SOURCES = {
     "stories": ("sampled by this project's authors from stories15M (karpathy/llama2.c)", "MIT"),
@@ -113,20 +111,16 @@ def ngram_bits(corpus: Corpus, work: Path) -> dict[str, float]:
 
 
 def write_texts(text: Path, output: Path) -> None:
-    """Held-out text by domain, and a part of the training text to tune routers on."""
+    """Held-out text by domain, and other text that the model has not seen to tune routers on."""
     domains = read_corpus(text)
     (output / "held-out").mkdir(exist_ok=True)
-    for name, size in HELD_OUT_BYTES.items():
+    for name, size in EVALUATION_BYTES.items():
         (output / "held-out" / f"{name}.txt").write_text(_join(domains[name].held_out, size), encoding="utf-8")
     play = (text / "tinyshakespeare.txt").read_text(encoding="utf-8")[:120_000]
     (output / "held-out" / "shakespeare.txt").write_text(play, encoding="utf-8")
     with gzip.GzipFile(output / "tune.jsonl.gz", "wb", 9, mtime=0) as file:
-        # Held-out documents are the last ones: these are far from them.
-        taken = [
-            {"text": document, "domain": name}
-            for name, part in MIXTURE.items()
-            for document in _take(domains[name].train, int(TUNE_BYTES * part))
-        ]
+        unseen = read_unseen(text)
+        taken = [{"text": document, "domain": name} for name, documents in unseen.items() for document in documents]
         # The end of the file is what `tune` holds out for its guards: it has to be of all domains.
         random.Random(0).shuffle(taken)
         file.writelines(json.dumps(item).encode() + b"\n" for item in taken)
@@ -168,7 +162,7 @@ and testing this project.
 | `model/` | Hugging Face checkpoint, BF16; sha256 in `card.json` |
 | `router-seed0.safetensors`, `-seed1`, `-seed2` | made by `remoe-edge tune`; settings and figures in their metadata |
 | `held-out/` | text that neither model nor router was trained on, by domain |
-| `tune.jsonl.gz` | text that the routers were tuned on, a part of the training text |
+| `tune.jsonl.gz` | text that the routers were tuned on: neither the model's training text nor held-out text |
 | `card.json`, `loss.jsonl`, `loss.png` | all figures, the training log, its picture |
 
 Trained on {card["tokens"] / 1e6:.1f} M tokens in {card["steps"]} steps of 8192, seed 1, Muon and AdamW,
