@@ -388,7 +388,7 @@ class TestPage:
         executable = find_browser()
         assert executable
         with (
-            serving(model, tmp_path, "--expert-cache", "4s", "--ctx", "512") as server,
+            serving(model, tmp_path, "--expert-cache", "4s", "--ctx", "4096", "--memory", "400MiB") as server,
             open_browser(executable) as page,
         ):
             page.open(f"{server.url}/", width=390, dark=True)
@@ -402,7 +402,10 @@ class TestPage:
             if folder := os.environ.get("SCREENSHOTS"):
                 for width, dark in (390, True), (1280, False):
                     page.open(f"{server.url}/", width=width, dark=dark)
-                    time.sleep(3)
+                    ask = "document.querySelector('#text').value = 'Hello'; document.querySelector('#go').click()"
+                    for _ in range(6):
+                        page.evaluate(ask)
+                        time.sleep(1)
                     page.screenshot(Path(folder) / f"serve-{width}.png")
             assert page.messages == []
             assert all(address.startswith((server.url, "data:")) for address in page.requests)

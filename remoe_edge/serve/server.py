@@ -27,7 +27,7 @@ from remoe_edge.serve.plan import Plan
 from remoe_edge.serve.process import DOWN, READY, ModelProcess
 from remoe_edge.serve.sensors import LivePower
 
-_PROGRESS_S = 0.5
+_PROGRESS_S = 0.1
 _DRAIN_S = 10.0
 _SOCKET = "model.sock"
 
@@ -123,7 +123,8 @@ class Server:
                 )
                 self._on_ready(ready)
                 notify("READY=1")
-            await asyncio.wait(_both(running, signalled), return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {running, signalled}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 running.result()
             notify("STOPPING=1")
@@ -148,9 +149,10 @@ class Server:
 
     async def _load(self, process: ModelProcess, running: asyncio.Task[None], signalled: asyncio.Future[int]) -> None:
         """Show progress until the process is ready for the first time, has failed, or a signal came."""
+        either: set[asyncio.Future[Any]] = {running, signalled}
         while process.state != READY and not running.done() and not signalled.done():
             self._report("loading the model", _loaded(process.pid, self._plan))
-            await asyncio.wait(_both(running, signalled), timeout=_PROGRESS_S / 5, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=_PROGRESS_S, return_when=asyncio.FIRST_COMPLETED)
 
     async def _drain(self, front: Front, signalled: asyncio.Future[int]) -> None:
         """Let running answers end, for a while; a second signal ends the wait."""
@@ -223,8 +225,3 @@ def notify(state: str) -> None:
     address = "\0" + name[1:] if name.startswith("@") else name
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(state.encode(), address)
-
-
-def _both(task: asyncio.Task[None], future: asyncio.Future[int]) -> set[asyncio.Future[Any]]:
-    """A set of one type, as `asyncio.wait` wants it."""
-    return {task, future}
