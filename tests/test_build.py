@@ -47,7 +47,7 @@ TINY_LLAMA = {
         target_link_libraries(ggml ggml-base)
         target_link_libraries(llama ggml)
         target_link_libraries(mtmd llama)
-        foreach(name bench cli completion gguf-split perplexity quantize server)
+        foreach(name bench cli completion fit-params gguf-split perplexity quantize server)
             set(tool llama-${name})
             add_executable(${tool} src/main.cpp)
             target_link_libraries(${tool} llama)
