@@ -31,6 +31,7 @@ def tool(name: str, *args: object, env: dict[str, str] | None = None) -> subproc
         [str(ensure_runtime().bin_dir / name), *map(str, args)],
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=120,
         env={**os.environ, **(env or {})},
         stdin=subprocess.DEVNULL,

@@ -207,7 +207,6 @@ class TestTold:
         biased = completion(model, *cache, "--expert-route-bias", "4", "--expert-route-keep", "0")
         assert plain.returncode == env.returncode == biased.returncode == 0, biased.stderr
         assert "ROUTE BIAS" not in plain.stderr + env.stderr
-        assert plain.stdout == env.stdout
         assert (
             "ROUTE BIAS 4: tokens that come one at a time prefer experts in the cache, the router's first 0 stay"
             in (biased.stderr)
