@@ -2,8 +2,8 @@
 
     python scripts/serve_tpot.py twin.gguf --budget 880MiB --prompt w00000
 
-Both decode greedily with the same budget, threads and kernels, in turns. Prints one JSON object: both medians, their ratio, and
-the time from the start of the server to its first token.
+Both decode greedily with the same budget, threads and kernels, in turns. Prints one JSON object: both medians, their
+ratio, and the time from the start of the server to its first token.
 """
 
 import argparse
