@@ -2,8 +2,8 @@
 
     python scripts/serve_tpot.py twin.gguf --budget 880MiB --prompt w00000
 
-Both decode greedily with the same budget and threads, in turns. Prints one JSON object: both medians, their ratio, and
-the time from the start of the server to its first token.
+Both decode greedily with the same budget, threads and kernels, in turns. Prints one JSON object: both medians, their
+ratio, and the time from the start of the server to its first token.
 """
 
 import argparse
@@ -23,8 +23,14 @@ REMOE = [sys.executable, "-m", "remoe_edge"]
 def through_server(args: argparse.Namespace) -> tuple[list[float], float]:
     """TPOT of each repetition in ms, and seconds to the first token of the first one."""
     begin = time.monotonic()
-    command = [*REMOE, "serve", args.model, "--port", "0", "--json", "--slots", "1", "--expert-cache", args.budget]
-    command += ["--ctx", str(args.tokens + 64), *(["-t", str(args.threads)] if args.threads else [])]
+    command = [*REMOE, "serve", args.model, "--port", "0", "--json", "--slots", "1", "--repack", "on"]
+    command += [
+        "--expert-cache",
+        args.budget,
+        "--ctx",
+        str(args.tokens + 64),
+        *(["-t", str(args.threads)] if args.threads else []),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
@@ -52,7 +58,17 @@ def through_bench(args: argparse.Namespace) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         command = [*REMOE, "bench", args.model, "--budget", args.budget, "-p", args.prompt, "-n", str(args.tokens)]
-        command += ["-r", str(args.repetitions), "--cool-down", "0", "--page-cache", "warm", "-o", str(rows)]
+        command += [
+            "--repack",
+            "-r",
+            str(args.repetitions),
+            "--cool-down",
+            "0",
+            "--page-cache",
+            "warm",
+            "-o",
+            str(rows),
+        ]
         command += ["-t", str(args.threads)] if args.threads else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return [json.loads(line)["tpot_ms"] for line in rows.read_text().splitlines()]

@@ -51,6 +51,11 @@ _KEY_VARIABLE = "LLAMA_API_KEY"
 )
 @click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
 @click.option(
+    "--repack",
+    type=click.Choice(["auto", "on", "off"]),
+    help="Repack experts for this CPU's kernels when they are read. [default: auto: if the budget holds all of them]",
+)
+@click.option(
     "-c",
     "--ctx",
     "n_ctx",
@@ -128,6 +133,7 @@ def command(
     io: str | None,
     prefetch: str | None,
     cache_threads: int | None,
+    repack: str | None,
     n_ctx: int | None,
     slots: int,
     queue: int,
@@ -161,6 +167,7 @@ def command(
             "--io": io,
             "--prefetch": prefetch,
             "--cache-threads": cache_threads,
+            "--repack": repack,
         }.items():
             if value is not None:
                 raise click.UsageError(f"{flag} has no effect with --expert-cache off.")
@@ -173,14 +180,16 @@ def command(
             f"warning: everyone who reaches {host}:{port} can use this server; give a key with --api-key-file or "
             f"${_KEY_VARIABLE}"
         )
-    configured = (budget, policy, io, prefetch, cache_threads) != (None,) * 5
+    configured = (budget, policy, io, prefetch, cache_threads, repack) != (None,) * 6
     with stderr_progress() as report:
         runtime = ensure_runtime(report=report)
         report("planning", None)
         plan = make_plan(
             Options(
                 model=model,
-                cache=CacheConfig(budget or "auto", policy, io, cache_threads, prefetch) if configured else None,
+                cache=CacheConfig(budget or "auto", policy, io, cache_threads, prefetch, repack)
+                if configured
+                else None,
                 slots=slots,
                 ctx=n_ctx,
                 threads=threads,
