@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from remoe_edge.evaluate.evaluation import CONTROL, TUNED
+from remoe_edge.evaluate.frontier import COST
 from remoe_edge.evaluate.report import select
 from remoe_edge.report.figures import LIGHT
 
@@ -91,21 +92,27 @@ def draw_frontier(points: Sequence[Mapping[str, Any]], path: Path, title: str) -
     with _canvas(path, title, len(slots)) as axes:
         for place, size in zip(axes, slots, strict=True):
             experts = points[0]["experts"]
-            for side, color in ("base", _BASE), ("tuned", _TUNED):
+            for side, color, offset in ("base", _BASE, (-4, -10)), ("tuned", _TUNED, (4, 4)):
                 own = [point for point in points if point["slots"] == size and point["side"] == side]
                 own.sort(key=lambda point: point["route_bias"])
                 x = [point["bytes_per_token"] / 1e6 for point in own]
                 y = [point["ppl"] for point in own]
-                place.plot(x, y, "-", color=color, lw=1.3, label=f"{side} + bias")
-                for point, mb, ppl in zip(own, x, y, strict=True):
-                    exact = point["route_bias"] == 0
-                    place.plot(
-                        mb, ppl, "D" if exact else "o", color=color, ms=7 if exact else 4, label=side if exact else None
+                place.plot(x, y, "-o", color=color, lw=1.3, ms=4, label=f"{side} + bias")
+                place.plot(x[:1], y[:1], "D", color=color, ms=7, label=side)
+                for point, mb, ppl in zip(own[1:], x[1:], y[1:], strict=True):
+                    place.annotate(
+                        f"{point['route_bias']:g}",
+                        (mb, ppl),
+                        xytext=offset,
+                        textcoords="offset points",
+                        ha="right" if side == "base" else "left",
+                        fontsize=7,
+                        color=color,
                     )
-                    if not exact:
-                        place.annotate(
-                            f"{point['route_bias']:g}", (mb, ppl), xytext=(4, 4), textcoords="offset points", fontsize=7
-                        )
+                if side == "base":
+                    limit = y[0] * (1 + COST)
+                    place.axhline(limit, color=LIGHT.muted, ls=":", lw=1, label=f"base + {COST:.0%}")
+            place.margins(y=0.12)
             place.set(xlabel="read from storage, MB per token", ylabel="perplexity", xlim=(0, None))
             _titled(place, f"{size} of {experts} experts of a layer in memory")
 
