@@ -22,7 +22,7 @@ def test_packaged_prompts_say_where_they_are_from(name: str) -> None:
     for prompt in workload.prompts:
         assert prompt.source
         assert prompt.license in ("MIT", "Apache-2.0", "public domain")
-        assert prompt.chat == (name != "text")
+        assert prompt.chat == (name not in ("text", "demo"))
     assert len(load_workload(name, 2).prompts) == 2
 
 
