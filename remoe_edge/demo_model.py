@@ -166,4 +166,5 @@ def _tokenizer(folder: Path) -> dict[str, Value]:
         ],
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.eos_token_id": min(special),
+        "tokenizer.ggml.add_bos_token": False,
     }
