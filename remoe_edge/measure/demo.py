@@ -107,7 +107,7 @@ def tune_demo(output: Path, report: Report = silent) -> Path:
     try:
         import torch
 
-        from remoe_edge.evaluate.ablate import settings_of
+        from remoe_edge.evaluate.ablate import card_of, settings_of
         from remoe_edge.tuning.adapters import adapt
         from remoe_edge.tuning.data import load_sequences
         from remoe_edge.tuning.export import card, write_router
@@ -118,16 +118,13 @@ def tune_demo(output: Path, report: Report = silent) -> Path:
     model = str(demo_checkpoint())
     config, length = settings_of(demo_router())
     rows = load_sequences([demo_tuning_text()], load_tokenizer(model), length, report=report)
-    train, held_out = rows.part(slice(0, -HELD_OUT)), rows.part(slice(-HELD_OUT, None))
+    count = int(card_of(demo_router())["held_out_sequences"])
+    train, held_out = rows.split(count)
     fast = None if torch.cuda.is_available() else torch.bfloat16
     result = tune(adapt(load_model(model)), train, held_out, config, folder=output.parent, autocast=fast, report=report)
-    said = card(result, config, model="demo", data=rows.files, length=length, held_out=HELD_OUT)
+    said = card(result, config, model="demo", data=rows.files, length=length, held_out=count)
     write_router(result.router, said, output, force=True)
     return output
-
-
-HELD_OUT = 32
-"""Sequences at the end of the tuning text that the guards of `tune` look at."""
 
 
 def record_own_output(model: Path, workload: Workload, report: Report = silent, n_gen: int = _N_GEN) -> Trace:
