@@ -58,11 +58,12 @@ def test_tools_start(runtime: Runtime, tool: str, option: str) -> None:
         assert "usage" in output
 
 
-def test_cpp_unit_tests_pass(runtime: Runtime) -> None:
+def test_cpp_unit_tests_pass(runtime: Runtime, tmp_path: Path) -> None:
     sources = patches_dir() / "sources" / "tests"
     names = sorted(path.stem for path in sources.glob("test-expert*.cpp"))
     assert sorted(path.name for path in runtime.bin_dir.glob("test-expert*")) == names
     # tests/test_policy_vectors.py runs test-expert-policy, with a file of recorded victims.
     for name in set(names) - {"test-expert-policy"}:
-        result = subprocess.run([runtime.bin_dir / name], capture_output=True, text=True, check=False)
+        # It makes its file where it is started, and leaves it there if it is killed.
+        result = subprocess.run([runtime.bin_dir / name], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr

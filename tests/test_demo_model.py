@@ -49,8 +49,6 @@ def test_tuned_routers_fit_and_say_how_they_were_made(seed: int) -> None:
     assert card["settings"]["seed"] == seed
     assert card["reuse_rate"]["tuned"] > 1.26 * card["reuse_rate"]["base"]
     assert abs(card["ppl"]["tuned"] / card["ppl"]["base"] - 1) <= 0.01
-    tuning_text = demo_tuning_text().read_bytes()
-    assert tuning_text[:2] == b"\x1f\x8b"
 
 
 def test_demo_is_a_word_only_where_no_file_has_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def command(output: Path | None, tune: bool, force: bool) -> None:
     stock llama.cpp's mmap beside them under one memory limit.
 
     All runs of a model must put out the same tokens from the same logits; the exit status is 1 if they do not. Prints
-    the folder with the report. About three minutes once the runtime is built.
+    the folder with the report. About five minutes once the runtime is built.
     """
     if force and output is None:
         raise click.UsageError("--force has no effect without --output.")

@@ -204,7 +204,7 @@ def command(
                 f"{needs.flops_per_step * config.steps / 1e15:.2g} PFLOP in all",
                 err=True,
             )
-        # Matrix products of a float32 model in bfloat16: half the time on CPUs that have the instructions.
+        # Matrix products of a float32 model in bfloat16; what that gains is in docs/tuning.md.
         fast = torch.bfloat16 if accelerator.device.type == "cpu" and dtype == "auto" else None
         begin = time.monotonic()
 
