@@ -1,14 +1,51 @@
 """Arguments that several commands take."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from remoe_edge.demo_model import resolve
+from remoe_edge.runtime.llama import POLICIES, PREFETCHES, READ_MODES
 
 _EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def model_path(text: str) -> Path:
     """click's `type` of a MODEL: an existing file, or `demo` or `demo-tuned`, whose GGUF is written if need be."""
     return Path(_EXISTING.convert(resolve(Path(text)), None, None))
+
+
+def cache_options(command: _Command) -> _Command:
+    """Options of one expert cache, as parameters `budget`, `policy`, `io`, `prefetch` and `cache_threads`."""
+    options = (
+        click.option(
+            "--expert-cache",
+            "budget",
+            metavar="SIZE",
+            help="Budget of the expert cache: bytes (880MiB), slots per layer (16s), auto, or off for stock llama.cpp. "
+            "[default: auto; off for a model without experts]",
+        ),
+        click.option(
+            "--policy", type=click.Choice(POLICIES), help=f"Which experts keep their slots. [default: {POLICIES[0]}]"
+        ),
+        click.option("--io", type=click.Choice(READ_MODES), help="How experts are read. [default: auto]"),
+        click.option(
+            "--prefetch",
+            type=click.Choice(PREFETCHES),
+            help="Read ahead what the next layer's router would choose now. [default: off]",
+        ),
+        click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def refuse(flags: Mapping[str, object], where: str) -> None:
+    """Raise UsageError for the first flag that was given although it has no effect."""
+    for flag, value in flags.items():
+        if value is not None:
+            raise click.UsageError(f"{flag} has no effect {where}.")

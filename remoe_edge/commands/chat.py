@@ -18,15 +18,12 @@ from remoe_edge.chat.conversation import PLAIN_N_GEN, Answer, Conversation
 from remoe_edge.chat.lines import Lines
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import has_experts
-from remoe_edge.parameters import model_path
+from remoe_edge.parameters import cache_options, model_path, refuse
 from remoe_edge.power.find import SOURCES, find_source
 from remoe_edge.power.source import NoSource
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import (
-    POLICIES,
-    PREFETCHES,
-    READ_MODES,
     CacheConfig,
     Session,
     default_threads,
@@ -58,21 +55,7 @@ _COMMANDS = ("/stats", "/save ", "/reset", "/help", "/quit")
     type=click.IntRange(min=1),
     help=f"Most tokens of an answer. [default: what the context holds; {PLAIN_N_GEN} without a chat template]",
 )
-@click.option(
-    "--expert-cache",
-    "budget",
-    metavar="SIZE",
-    help="Budget of the expert cache: bytes (880MiB), slots per layer (16s), auto, or off for stock llama.cpp. "
-    "[default: auto; off for a model without experts]",
-)
-@click.option("--policy", type=click.Choice(POLICIES), help=f"Which experts keep their slots. [default: {POLICIES[0]}]")
-@click.option("--io", type=click.Choice(READ_MODES), help="How experts are read. [default: auto]")
-@click.option(
-    "--prefetch",
-    type=click.Choice(PREFETCHES),
-    help="Read ahead what the next layer's router would choose now. [default: off]",
-)
-@click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
+@cache_options
 @click.option(
     "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="Compute threads. [default: physical cores]"
 )
@@ -133,10 +116,10 @@ def command(
     A model without a chat template goes on from the text so far. Exit status: 1 if a message had no answer.
     """
     if budget == "off":
-        _refuse({"--policy": policy, "--io": io}, "with --expert-cache off")
-        _refuse({"--prefetch": prefetch, "--cache-threads": cache_threads}, "with --expert-cache off")
+        refuse({"--policy": policy, "--io": io}, "with --expert-cache off")
+        refuse({"--prefetch": prefetch, "--cache-threads": cache_threads}, "with --expert-cache off")
     if temp == 0:
-        _refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
+        refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
     config = CacheConfig(budget or ("auto" if has_experts(model) else "off"), policy, io, cache_threads, prefetch)
     sensor = find_source(power).source
     sensor.close()
@@ -157,12 +140,6 @@ def command(
             _say(_greeting(session, conversation))
             status = _Chat(conversation, Lines(_COMMANDS), as_json).run()
     ctx.exit(status)
-
-
-def _refuse(flags: dict[str, object], where: str) -> None:
-    for flag, value in flags.items():
-        if value is not None:
-            raise click.UsageError(f"{flag} has no effect {where}.")
 
 
 def _say(text: str) -> None:

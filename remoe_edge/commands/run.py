@@ -12,15 +12,12 @@ from remoe_edge.commands.bench import check_route_bias
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import refuse_existing
 from remoe_edge.gguf_io.layout import has_experts
-from remoe_edge.parameters import model_path
+from remoe_edge.parameters import cache_options, model_path, refuse
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import (
     DEFAULT_ROUTE_KEEP,
     MAX_ROUTE_BIAS,
-    POLICIES,
-    PREFETCHES,
-    READ_MODES,
     CacheConfig,
     Model,
     default_threads,
@@ -37,20 +34,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 @click.option(
     "-n", "--n-gen", metavar="TOKENS", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens."
 )
-@click.option(
-    "--expert-cache",
-    "budget",
-    metavar="SIZE",
-    help="Budget of the expert cache: bytes (880MiB), slots per layer (16s), auto, or off for stock llama.cpp. "
-    "[default: auto; off for a model without experts]",
-)
-@click.option("--policy", type=click.Choice(POLICIES), help=f"Which experts keep their slots. [default: {POLICIES[0]}]")
-@click.option("--io", type=click.Choice(READ_MODES), help="How experts are read. [default: auto]")
-@click.option(
-    "--prefetch",
-    type=click.Choice(PREFETCHES),
-    help="Read ahead what the next layer's router would choose now. [default: off]",
-)
+@cache_options
 @click.option(
     "--route-bias",
     metavar="LAMBDA",
@@ -64,7 +48,6 @@ _INTERRUPTED = 128 + signal.SIGINT
     type=click.IntRange(min=0),
     help=f"With --route-bias the router's own first N choices stay. [default: {DEFAULT_ROUTE_KEEP}]",
 )
-@click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
 @click.option(
     "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="Compute threads. [default: physical cores]"
 )
@@ -126,10 +109,10 @@ def command(
             "--route-bias": route_bias,
             "--cache-threads": cache_threads,
         }
-        _refuse(given, "with --expert-cache off")
+        refuse(given, "with --expert-cache off")
     check_route_bias([route_bias] if route_bias else [], route_keep, [prefetch] if prefetch else [])
     if temp == 0:
-        _refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
+        refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
     if force and trace is None:
         raise click.UsageError("--force has no effect without --trace.")
     if trace is not None:
@@ -178,12 +161,6 @@ def command(
     click.echo(summary_text(summary), err=True)
     if interrupted:
         ctx.exit(_INTERRUPTED)
-
-
-def _refuse(flags: dict[str, object], where: str) -> None:
-    for flag, value in flags.items():
-        if value is not None:
-            raise click.UsageError(f"{flag} has no effect {where}.")
 
 
 def _prompt_tokens(model: Model, prompt: str, chat: bool) -> list[int]:

@@ -13,10 +13,11 @@ import click
 
 from remoe_edge.demo_model import resolve
 from remoe_edge.errors import RemoeError
+from remoe_edge.parameters import cache_options
 from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
-from remoe_edge.runtime.llama import POLICIES, PREFETCHES, READ_MODES, CacheConfig
+from remoe_edge.runtime.llama import CacheConfig
 from remoe_edge.serve.front import Limits, is_loopback, read_keys
 from remoe_edge.serve.plan import CHATML, Options, Plan, make_plan, parts
 from remoe_edge.serve.server import Address, Ready, Server
@@ -35,21 +36,7 @@ _KEY_VARIABLE = "LLAMA_API_KEY"
     help="What everything together may take: weights, KV cache, compute buffers, experts, this program. Context and "
     "budget are chosen to fit; enforced where control groups permit.",
 )
-@click.option(
-    "--expert-cache",
-    "budget",
-    metavar="SIZE",
-    help="Budget of the expert cache: bytes (880MiB), slots per layer (16s), auto, or off for stock llama.cpp. "
-    "[default: auto; off for a model without experts]",
-)
-@click.option("--policy", type=click.Choice(POLICIES), help=f"Which experts keep their slots. [default: {POLICIES[0]}]")
-@click.option("--io", type=click.Choice(READ_MODES), help="How experts are read. [default: auto]")
-@click.option(
-    "--prefetch",
-    type=click.Choice(PREFETCHES),
-    help="Read ahead what the next layer's router would choose now. [default: off]",
-)
-@click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
+@cache_options
 @click.option(
     "--repack",
     type=click.Choice(["auto", "on", "off"]),
