@@ -8,12 +8,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from remoe_edge.demo_model import demo_checkpoint, demo_gguf, demo_router, demo_tuning_text
 from remoe_edge.errors import RemoeError
@@ -24,9 +21,10 @@ from remoe_edge.measure.bench import Result, bench
 from remoe_edge.measure.rows import Row
 from remoe_edge.measure.workloads import Workload, load_workload, single_prompt
 from remoe_edge.progress import Report, silent
-from remoe_edge.routing.trace import Trace, load_trace
+from remoe_edge.routing.record import record_decode
+from remoe_edge.routing.trace import Trace
 from remoe_edge.routing.twin import plan_twin, write_twin
-from remoe_edge.runtime.llama import CacheConfig, default_threads, load_model
+from remoe_edge.runtime.llama import CacheConfig, default_threads
 
 WORKLOAD = "demo"
 _BUDGETS = ("4s", "8s")
@@ -62,7 +60,7 @@ def run_demo(report: Report = silent, *, tune: bool = False, folder: Path | None
     base = demo_gguf(report=report)
     if tune:
         assert folder is not None
-        router = tune_demo(folder / "router.safetensors", report)
+        router = tune_demo(folder / "tune" / "router.safetensors", report)
         tuned = folder / "demo-tuned.gguf"
         convert(base, router, tuned, force=True)
     else:
@@ -71,14 +69,16 @@ def run_demo(report: Report = silent, *, tune: bool = False, folder: Path | None
     workload = load_workload(WORKLOAD)
     real = bench(_options(models, workload, _N_GEN, baselines=("resident",)), report)
     check_identical(real.rows)
-    traces = record_own_output(base, workload, report), record_own_output(tuned, workload, report)
+    traces = [
+        record_decode(model, workload.prompts, _N_GEN - 1, CacheConfig("off"), report=report).trace for model in models
+    ]
     twins = tuple(_twin(trace, name, report) for trace, name in zip(traces, ("base", "tuned"), strict=True))
     prompt = single_prompt("w00000")
     replayed = bench(_options(twins, prompt, _TWIN_N_GEN, limit=_MEMORY_LIMIT, repetitions=_TWIN_REPETITIONS), report)
     mmap = bench(_options(twins[:1], prompt, _MMAP_N_GEN, limit=_MEMORY_LIMIT, baselines=("mmap", "resident")), report)
-    check_identical([*mmap.rows])
-    check_identical([*replayed.rows])
-    return Demo(models, real, replayed, mmap, traces)
+    check_identical(mmap.rows)
+    check_identical(replayed.rows)
+    return Demo(models, real, replayed, mmap, (traces[0], traces[1]))
 
 
 def _options(
@@ -125,30 +125,6 @@ def tune_demo(output: Path, report: Report = silent) -> Path:
     said = card(result, config, model="demo", data=rows.files, length=length, held_out=count)
     write_router(result.router, said, output, force=True)
     return output
-
-
-def record_own_output(model: Path, workload: Workload, report: Report = silent, n_gen: int = _N_GEN) -> Trace:
-    """The routing of a model's own greedy output after each prompt of `workload`, one sequence each."""
-    parts = []
-    with tempfile.TemporaryDirectory() as folder, load_model(model, CacheConfig("off"), repack=False) as loaded:
-        for index, prompt in enumerate(workload.prompts):
-            report(f"recording the routing of {model.stem}", index / len(workload.prompts))
-            tokens = loaded.tokenize(prompt.text)
-            path = Path(folder) / f"{index}.npz"
-            with loaded.session(n_ctx=len(tokens) + n_gen) as session:
-                session.decode(tokens)
-                session.trace_start(path)
-                for _ in session.generate(n_gen):
-                    pass
-                session.trace_stop()
-            parts.append(load_trace(path))
-    sizes = [part.tokens for part in parts]
-    return Trace(
-        ids=np.concatenate([part.ids for part in parts]),
-        offs=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        meta={**parts[0].meta, "model": model.stem, "phase": "decode", "source": "remoe-edge demo", "licence": "MIT"},
-        origin=model.stem,
-    )
 
 
 def _twin(trace: Trace, name: str, report: Report) -> Path:
