@@ -121,7 +121,7 @@ def write_texts(text: Path, output: Path) -> None:
     with gzip.GzipFile(output / "tune.jsonl.gz", "wb", 9, mtime=0) as file:
         unseen = read_unseen(text)
         taken = [{"text": document, "domain": name} for name, documents in unseen.items() for document in documents]
-        # The end of the file is what `tune` holds out for its guards: it has to be of all domains.
+        # Rows of a file are cut across documents: neighbours are to be of different domains.
         random.Random(0).shuffle(taken)
         file.writelines(json.dumps(item).encode() + b"\n" for item in taken)
 
