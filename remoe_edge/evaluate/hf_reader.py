@@ -16,7 +16,7 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.evaluate.reader import Floats, Ids, Noise, Pass, noise
 from remoe_edge.gguf_io.router import gguf_router_name, read_router
 from remoe_edge.progress import Report, silent
-from remoe_edge.tuning.adapters import MoE, record
+from remoe_edge.tuning.adapters import MoE, fresh_cache, record
 from remoe_edge.tuning.data import load_sequences
 
 RouterState = Mapping[str, Tensor]
@@ -105,12 +105,13 @@ class HfReader:
             set_router(self._moe, router)
             ids = torch.from_numpy(prompts).to(self._device)
             chosen, entropies = [], []
-            out: Any = self._moe.model(input_ids=ids, use_cache=True)
+            kept = fresh_cache(self._moe.model)
+            out: Any = self._moe.model(input_ids=ids, **kept)
             for step in range(tokens):
                 report("writing", (index + step / tokens) / len(self.names))
                 token = out.logits[:, -1:].argmax(-1)
                 with record(self._moe) as routings:
-                    out = self._moe.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                    out = self._moe.model(input_ids=token, **kept)
                 chosen.append(torch.stack([routing.ids for routing in routings], 1))
                 entropies.append(torch.stack([_entropy(routing.probs).mean() for routing in routings]))
             passes.append(Pass(_experts(torch.stack(chosen, 1)), entropy=torch.stack(entropies).mean(0).cpu().numpy()))

@@ -6,6 +6,7 @@ weights of the chosen experts, and their ids. What differs is below, one line ea
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from remoe_edge.errors import RemoeError
 
@@ -173,3 +175,12 @@ def record(moe: MoE) -> Iterator[list[Routing]]:
         yield moe._recording
     finally:
         moe._recording = None
+
+
+def fresh_cache(model: Any) -> dict[str, Any]:
+    """Arguments that give a model an empty key-value cache, to be passed at every step of one sequence.
+
+    transformers 5.24 renamed the argument, and 5.40 will not know the old name.
+    """
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: DynamicCache(config=model.config), "use_cache": True}

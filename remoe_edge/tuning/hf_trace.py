@@ -14,7 +14,7 @@ from torch import Tensor
 from remoe_edge.errors import RemoeError
 from remoe_edge.progress import Report, silent
 from remoe_edge.routing.trace import Trace
-from remoe_edge.tuning.adapters import MoE, Routing, adapt, record
+from remoe_edge.tuning.adapters import MoE, Routing, adapt, fresh_cache, record
 from remoe_edge.tuning.export import apply_router
 from remoe_edge.tuning.load import load_model, load_tokenizer
 
@@ -132,12 +132,13 @@ def _decode(moe: MoE, ids: Tensor, tokens: int, probs: bool) -> Part:
     model: Any = moe.model
     end = model.generation_config.eos_token_id
     ends = {end} if isinstance(end, int) else set(end or ())
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    kept = fresh_cache(model)
+    out = model(input_ids=ids, logits_to_keep=1, **kept)
     parts = []
     for _ in range(tokens):
         token = out.logits[:, -1:].argmax(-1)
         with record(moe) as routings:
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, **kept)
         parts.append(_part(routings, probs))
         if int(token) in ends:
             break
