@@ -34,6 +34,7 @@ from remoe_edge.gguf_io.router import (
     weight_files,
 )
 from remoe_edge.gguf_io.source import Source
+from remoe_edge.processes import child_process
 from remoe_edge.progress import Report, silent
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.pin import load_pin, patches_dir
@@ -362,24 +363,19 @@ def _run(
 ) -> None:
     """Run a program in `folder` and give each line to `follow`, which says whether it was but progress."""
     last: deque[bytes] = deque(maxlen=_LINES_SHOWN)
-    with subprocess.Popen(
+    with child_process(
         command,
         env=environment,
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # Ctrl-C at a terminal is for this process alone, which then ends the other.
-        start_new_session=True,
     ) as process:
-        try:
-            assert process.stdout is not None
-            for line in _lines(process.stdout.fileno()):
-                if not follow(line) and line.strip():
-                    last.append(line.rstrip())
-            process.wait()
-        finally:
-            process.kill()
+        assert process.stdout is not None
+        for line in _lines(process.stdout.fileno()):
+            if not follow(line) and line.strip():
+                last.append(line.rstrip())
+        process.wait()
     if process.returncode == 0:
         return
     lines = [line.decode(errors="replace") for line in last]

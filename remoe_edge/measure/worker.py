@@ -29,6 +29,7 @@ import numpy as np
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.measure.cgroup import MemoryGroup
+from remoe_edge.processes import child_process
 from remoe_edge.runtime.llama import CacheConfig, CacheInfo, CacheStats, Session, load_model
 
 _SAMPLE_S = 0.05
@@ -327,20 +328,15 @@ def decode_in_process(
     command = [sys.executable, "-m", "remoe_edge.measure.worker"]
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
+        child_process(
             group.command(command) if group else command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            # Ctrl-C at a terminal is for this process alone, which then ends the other.
-            start_new_session=True,
         ) as process,
     ):
-        try:
-            content, peak = _follow(process, job, group, progress)
-            process.wait()
-        finally:
-            process.kill()
+        content, peak = _follow(process, job, group, progress)
+        process.wait()
         if "result" in content:
             return DecodeRun.from_json(content["result"]), peak
         raise _failure(content, process.returncode, group, errors)
