@@ -182,6 +182,39 @@ class TestAnswers:
         eventually(idle, 5)
 
 
+def test_the_demo_model_as_openai_sees_it(tmp_path: Path) -> None:
+    """Chat, a stream, JSON by schema, and tools: each the same with a cache that evicts as without one."""
+
+    def answers(budget: str) -> list[object]:
+        with (
+            serving(Path("demo"), tmp_path, "--expert-cache", budget, "--ctx", "512") as server,
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        ):
+            given = {
+                "model": "demo",
+                "messages": [{"role": "user", "content": "Once upon a time there was a little girl"}],
+                "temperature": 0,
+                "max_tokens": 60,
+            }
+            told = client.chat.completions.create(**given).choices[0].message.content
+            streamed = "".join(
+                chunk.choices[0].delta.content or ""
+                for chunk in client.chat.completions.create(**given, stream=True)
+                if chunk.choices
+            )
+            schema = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": VERDICT, "strict": True}}
+            verdict = client.chat.completions.create(**given, response_format=schema).choices[0].message.content
+            # It was not trained to call tools; `scripted` above shows a call.
+            asked = client.chat.completions.create(**given, tools=[TOOL], tool_choice="auto")
+            assert asked.usage.prompt_tokens > 200
+            assert (server.total("remoe_expert_cache_evictions_total") > 0) == (budget != "off")
+        assert streamed == told
+        assert set(json.loads(verdict)) == {"good"}
+        return [told, verdict, asked.choices[0].message.content]
+
+    assert answers("8s") == answers("off")
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("path", "given", "status", "message"),
