@@ -28,6 +28,12 @@ class Compiler:
     """Digest of the macros the compiler predefines for this machine's CPU: architecture, features, ABI, version."""
     settings: dict[str, str]
     """The user's own compiler settings from the environment."""
+    flags: tuple[str, ...] = ()
+    """CMake cache settings that the machine compiled for needs."""
+    places: tuple[str, ...] = ()
+    """CMake cache settings that say where things are on this machine; they shape no code, and no key covers them."""
+    platform: str | None = None
+    """Of the machine compiled for, as wheels name it ("linux_aarch64"); None: this one."""
 
 
 def find_compiler(*, cuda: bool) -> Compiler:
@@ -48,6 +54,11 @@ def find_compiler(*, cuda: bool) -> Compiler:
         version += f"; {release}"
     settings = {name: value for name in _ENVIRONMENT if (value := os.environ.get(name))}
     return Compiler(variables, version, _target(cxx), settings)
+
+
+def cross_target(machine: str) -> str:
+    """The `target` of what was compiled elsewhere for every machine of an architecture ("aarch64")."""
+    return f"any {machine}"
 
 
 def find_tool(name: str) -> Path:

@@ -1,0 +1,218 @@
+"""Container engines: docker, or buildah, which needs no daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from remoe_edge.errors import RemoeError
+from remoe_edge.jetson.pins import ARCHITECTURE
+from remoe_edge.progress import Report, silent
+from remoe_edge.sizes import format_size
+
+ENGINES = ("docker", "buildah")
+
+_OWN_LINE = re.compile(r"^(?:#\d+ [\d.]+ )?remoe-edge: (.+)$", re.MULTILINE)
+_STEP = re.compile(r"^(?:#\d+ \[[^\]]*?(\d+)/(\d+)\]|(?:\[\d+/\d+\] )?STEP (\d+)/(\d+):|Step (\d+)/(\d+) :)")
+_NO_SPACE = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
+_NO_EMULATION = re.compile(r"exec format error", re.IGNORECASE)
+_NO_IMAGE = re.compile(
+    r"manifest unknown|image not known|failed to resolve source metadata|no such host|"
+    r"failed to resolve reference|pinging container registry|short-name",
+    re.IGNORECASE,
+)
+_BINFMT = Path("/proc/sys/fs/binfmt_misc")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that answers.
+
+    Attributes
+    ----------
+    options
+        What comes before its subcommand; empty but for tests and special storage.
+    """
+
+    name: str
+    program: str
+    options: tuple[str, ...] = ()
+
+    def command(self, *arguments: str) -> list[str]:
+        return [self.program, *self.options, *arguments]
+
+    def ask(self, *arguments: str) -> str:
+        """Stdout of a subcommand. Raises RemoeError with what it said if it fails."""
+        return _ask(self.command(*arguments))
+
+    def storage(self) -> Path:
+        """Where it keeps images."""
+        if self.name == "docker":
+            return Path(self.ask("info", "--format", "{{.DockerRootDir}}").strip())
+        return Path(json.loads(self.ask("info"))["store"]["GraphRoot"])
+
+    def exists(self, image: str) -> bool:
+        """Whether it has an image."""
+        command = self.command(*(("image", "inspect") if self.name == "docker" else ("inspect", "--type", "image")), image)
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+
+    def architecture(self, image: str) -> str:
+        """Of an image, as images name it ("arm64")."""
+        if self.name == "docker":
+            return self.ask("image", "inspect", "--format", "{{.Architecture}}", image).strip()
+        found: str = json.loads(self.ask("inspect", "--type", "image", image))["OCIv1"]["architecture"]
+        return found
+
+    def size(self, image: str) -> int:
+        """Bytes of an image, unpacked."""
+        if self.name == "docker":
+            return int(self.ask("image", "inspect", "--format", "{{.Size}}", image))
+        (container,) = self.ask("from", "--pull-never", image).split()
+        try:
+            folder = Path(self.ask("mount", container).strip())
+            return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        finally:
+            self.ask("rm", container)
+
+    def read(self, image: str, path: str) -> bytes:
+        """A file in an image."""
+        if self.name == "docker":
+            container = self.ask("create", image).strip()
+            try:
+                copied = subprocess.run(
+                    self.command("cp", f"{container}:{path}", "-"), capture_output=True, check=False
+                )
+                if copied.returncode != 0:
+                    raise RemoeError(f"{image} has no {path}: {copied.stderr.decode(errors='replace').strip()}")
+                return _only_file(copied.stdout)
+            finally:
+                self.ask("rm", container)
+        (container,) = self.ask("from", "--pull-never", image).split()
+        try:
+            return Path(self.ask("mount", container).strip(), path.lstrip("/")).read_bytes()
+        finally:
+            self.ask("rm", container)
+
+
+def find_engine(name: str | None = None, options: Sequence[str] = ()) -> Engine:
+    """The engine with a name, else the first that answers. Raises RemoeError, with what to do, if there is none."""
+    problems = []
+    for each in [name] if name else ENGINES:
+        program = shutil.which(each)
+        if program is None:
+            problems.append(f"{each} is not installed")
+            continue
+        command = [program, *options, *(("version", "--format", "{{.Server.Version}}") if each == "docker" else ("info",))]
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if result.returncode == 0:
+            return Engine(each, program, tuple(options))
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        if each == "docker":
+            reason = f"its daemon does not answer ({reason.removeprefix('Error: ')}; try: sudo systemctl start docker)"
+        problems.append(f"{each} does not work: {reason}")
+    raise RemoeError(
+        f"no container engine: {'; '.join(problems)}. Install one (sudo apt install docker.io docker-buildx, or sudo apt "
+        "install buildah), or make a tarball without containers: remoe-edge build --target jetson"
+    )
+
+
+def check_emulation(engine: Engine, binfmt: Path = _BINFMT) -> None:
+    """Raise RemoeError if steps of an aarch64 image cannot run here. Docker may run in a machine of its own: not asked."""
+    if platform.machine() == ARCHITECTURE or engine.name == "docker":
+        return
+    if not any("qemu-aarch64" in path.name for path in binfmt.glob("*")):
+        raise RemoeError(
+            "this machine cannot run aarch64 programs, which installing packages into the image needs; on Debian and "
+            "Ubuntu: sudo apt install qemu-user-static binfmt-support (in a container or virtual machine without it also: "
+            "sudo mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc && sudo update-binfmts --enable qemu-aarch64)"
+        )
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise RemoeError if a folder's drive has less than ``needed`` bytes left."""
+    at = folder
+    while not at.exists():
+        at = at.parent
+    free = shutil.disk_usage(at).free
+    if free < needed:
+        raise RemoeError(
+            f"{folder} has {format_size(free)} free, but {what} needs about {format_size(needed)}; free some space there"
+        )
+
+
+def run_build(
+    engine: Engine, arguments: Sequence[str], environment: Mapping[str, str], log: Path, report: Report = silent
+) -> None:
+    """Run an engine's build with its output in ``log``, following its steps.
+
+    Raises RemoeError with the one reason if it fails, where that is known, else with the end of its output.
+    """
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            engine.command(*arguments),
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                output.write(line)
+                if step := _STEP.match(line):
+                    done, total = (int(each) for each in step.groups() if each)
+                    report(f"Building the image, step {done} of {total}", (done - 1) / total)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode != 0:
+        raise RemoeError(explain(log.read_text(), engine, log))
+
+
+def explain(output: str, engine: Engine, log: Path) -> str:
+    """One sentence for why a build failed."""
+    own = _OWN_LINE.findall(output)
+    if own:
+        return str(own[-1])
+    if _NO_SPACE.search(output):
+        return f"no space left on {engine.name}'s storage; free some with: {engine.name} system prune" if (
+            engine.name == "docker"
+        ) else "no space left in buildah's storage; free some with: buildah rmi --prune"
+    if _NO_EMULATION.search(output):
+        return (
+            "this machine cannot run aarch64 programs, which installing packages into the image needs; on Debian and "
+            "Ubuntu: sudo apt install qemu-user-static binfmt-support"
+        )
+    if _NO_IMAGE.search(output):
+        line = next(line for line in output.splitlines() if _NO_IMAGE.search(line))
+        return f"a base image cannot be had ({line.strip()}); name another with --runtime-image or --build-image"
+    end = "\n".join(output.splitlines()[-15:])
+    return f"{engine.name} failed; all of its output is in {log}\n{end}"
+
+
+def _ask(command: Sequence[str]) -> str:
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RemoeError(f"{' '.join(command[:3])} failed: {result.stderr.strip()}")
+    return result.stdout
+
+
+def _only_file(archive: bytes) -> bytes:
+    import io
+    import tarfile
+
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        member = tar.next()
+        file = tar.extractfile(member) if member else None
+        return file.read() if file else b""
