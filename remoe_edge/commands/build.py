@@ -24,7 +24,8 @@ _DEFAULT_JETPACK = "7"
 @click.option(
     "--cuda/--no-cuda",
     default=None,
-    help="Build the CUDA backend too; CUDAARCHS chooses the GPU, by default this machine's. [default: no; for jetson: yes]",
+    help="Build the CUDA backend too; CUDAARCHS chooses the GPU, by default this machine's. "
+    "[default: no; for jetson: yes]",
 )
 @click.option(
     "--jobs",
@@ -79,8 +80,8 @@ def command(
     The runtime is compiled once and kept in ~/.cache/remoe-edge (or $REMOE_EDGE_CACHE); every later call and every
     other virtual environment takes it from there. Prints the runtime's folder.
 
-    With --target jetson nothing is installed here: the result is a tarball with all that the Jetson needs beside its own
-    Python and CUDA. Unpack it there and start remoe-edge/bin/remoe-edge; `remoe-edge deploy` does that.
+    With --target jetson nothing is installed here: the result is a tarball with all that the Jetson needs beside its
+    own Python and CUDA. Unpack it there and start remoe-edge/bin/remoe-edge; `remoe-edge deploy` does that.
     """
     source = source.resolve() if source is not None else None
     if target == "jetson":

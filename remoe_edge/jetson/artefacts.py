@@ -1,8 +1,8 @@
 """What compiled files need of the machine they are for: read from the ELF files themselves.
 
-ELF: System V ABI, gABI chapters 4 and 5; symbol versions: the Linux Standard Base's section on them. CUDA code lies in a
-section ``.nv_fatbin``, whose layout is not documented: NVIDIA's fatbinary header (magic 0xBA55ED50) before entries that
-name kind and architecture, as ``cuobjdump --list-elf`` shows them.
+ELF: System V ABI, gABI chapters 4 and 5; symbol versions: the Linux Standard Base's section on them. CUDA code lies in
+a section ``.nv_fatbin``, whose layout is not documented: NVIDIA's fatbinary header (magic 0xBA55ED50) before entries
+that name kind and architecture, as ``cuobjdump --list-elf`` shows them.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class JetsonOptions:
     python
         Of the device; by default that of its JetPack.
     toolkit
-        A CUDA cross toolkit; by default one is put together from PyPI's wheels, or found where NVIDIA's packages put it.
+        A CUDA cross toolkit; by default one is put together from PyPI's wheels, or found where NVIDIA's packages are.
     """
 
     jetpack: JetPack
@@ -70,6 +70,6 @@ def _toolkit(options: JetsonOptions, from_wheels: Callable[[], Path]) -> Path:
     packages = " ".join(f"{name}-{version.replace('.', '-')}" for name in ("cuda-nvcc", "cuda-cross-aarch64"))
     raise RemoeError(
         f"JetPack {options.jetpack.name} has CUDA {version}, whose compiler is not on PyPI: install NVIDIA's packages "
-        f"{packages} (Ubuntu {options.jetpack.ubuntu}), name a toolkit with --cuda-toolkit, compile in a container with "
-        f"remoe-edge image build --jetpack {options.jetpack.name}, or build without: --no-cuda"
+        f"{packages} (Ubuntu {options.jetpack.ubuntu}), name a toolkit with --cuda-toolkit, compile in a container "
+        f"with remoe-edge image build --jetpack {options.jetpack.name}, or build without: --no-cuda"
     )

@@ -53,7 +53,9 @@ class Bundle:
     unpacked_bytes: int
 
 
-def write_bundle(runtime: Runtime, output: Path, *, python: str, force: bool = False, report: Report = silent) -> Bundle:
+def write_bundle(
+    runtime: Runtime, output: Path, *, python: str, force: bool = False, report: Report = silent
+) -> Bundle:
     """Write the bundle of a runtime to ``output`` (.tar.gz), for a Python such as "3.12".
 
     Raises RemoeError if a package cannot be fetched for that Python, or if ``output`` may not be written.
@@ -75,7 +77,9 @@ def write_bundle(runtime: Runtime, output: Path, *, python: str, force: bool = F
         (top / "bin" / "remoe-edge").chmod(0o755)
         (top / "PYTHON").write_text(f"{python}\n")
         shutil.copytree(
-            runtime.root, top / "runtime" / runtime.key, ignore=lambda at, _: ["wheel"] if Path(at) == runtime.root else []
+            runtime.root,
+            top / "runtime" / runtime.key,
+            ignore=lambda at, _: ["wheel"] if Path(at) == runtime.root else [],
         )
         write_sbom(top / "site", runtime.manifest, top / "sbom.cdx.json")
         size = sum(path.stat().st_size for path in top.rglob("*") if path.is_file())
@@ -95,7 +99,9 @@ def read_bundle(path: Path) -> Bundle:
             member = archive.next()
             file = archive.extractfile(member) if member and member.name == f"{TOP}/bundle.json" else None
             if file is None:
-                raise RemoeError(f"{path} is not a bundle of remoe-edge; make one with: remoe-edge build --target jetson")
+                raise RemoeError(
+                    f"{path} is not a bundle of remoe-edge; make one with: remoe-edge build --target jetson"
+                )
             content: dict[str, Any] = json.loads(file.read())
             return Bundle(**content)
     except (tarfile.TarError, EOFError, OSError, ValueError, TypeError) as error:

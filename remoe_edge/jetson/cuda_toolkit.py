@@ -1,7 +1,7 @@
 """A CUDA toolkit that runs on x86-64 and compiles for a Jetson's aarch64, put together from NVIDIA's wheels on PyPI.
 
 CUDA 13.2, for JetPack 7.2: of CUDA 12 the wheels hold no nvcc. The compilers come from the x86-64 wheels, headers and
-libraries from the aarch64 ones. The driver library is on every device and in no wheel, so a stub stands in when linking.
+libraries from the aarch64 ones. The driver library is on every device and in no wheel: a stub stands in when linking.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _INSIDE = "nvidia/cu13/"
 _PYTHON = "3.12"  # NVIDIA's wheels are for every Python; pip wants one named.
 _LINKED = ("libcudart", "libcublas", "libcublasLt")
 _DRIVER = (
-    "cuInit cuGetErrorString cuGetErrorName cuDeviceGet cuDeviceGetAttribute cuDeviceGetCount "
-    "cuMemGetAllocationGranularity cuMemCreate cuMemRelease cuMemMap cuMemUnmap cuMemAddressReserve cuMemAddressFree "
-    "cuMemSetAccess cuCtxGetCurrent cuMemGetInfo_v2"
-).split()
+    *("cuInit", "cuGetErrorString", "cuGetErrorName", "cuDeviceGet", "cuDeviceGetAttribute", "cuDeviceGetCount"),
+    *("cuMemGetAllocationGranularity", "cuMemCreate", "cuMemRelease", "cuMemMap", "cuMemUnmap", "cuMemAddressReserve"),
+    *("cuMemAddressFree", "cuMemSetAccess", "cuCtxGetCurrent", "cuMemGetInfo_v2"),
+)
 """What ggml calls of the driver."""
 _LAYOUT = 1
 
@@ -101,7 +101,17 @@ def _stub(folder: Path) -> None:
     """A libcuda.so.1 to link to, whose functions say CUDA_ERROR_UNKNOWN."""
     folder.mkdir()
     source = "".join(f"int {name}(void) {{ return 999; }}\n" for name in _DRIVER)
-    command = [f"{PREFIX}gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", f"{folder}/libcuda.so"]
+    command = [
+        f"{PREFIX}gcc",
+        "-shared",
+        "-fPIC",
+        "-Wl,-soname,libcuda.so.1",
+        "-x",
+        "c",
+        "-",
+        "-o",
+        f"{folder}/libcuda.so",
+    ]
     result = subprocess.run(command, input=source, capture_output=True, text=True)
     if result.returncode != 0:
         raise RemoeError(f"the stub of libcuda does not compile: {result.stderr.strip()}")

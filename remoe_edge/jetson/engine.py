@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,10 @@ _NO_IMAGE = re.compile(
     r"manifest unknown|image not known|failed to resolve source metadata|no such host|"
     r"failed to resolve reference|pinging container registry|short-name",
     re.IGNORECASE,
+)
+_EMULATION = (
+    "this machine cannot run aarch64 programs, which installing packages into the image needs; on Debian and Ubuntu: "
+    "sudo apt install qemu-user-static binfmt-support"
 )
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 
@@ -60,7 +66,9 @@ class Engine:
 
     def exists(self, image: str) -> bool:
         """Whether it has an image."""
-        command = self.command(*(("image", "inspect") if self.name == "docker" else ("inspect", "--type", "image")), image)
+        command = self.command(
+            *(("image", "inspect") if self.name == "docker" else ("inspect", "--type", "image")), image
+        )
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
     def architecture(self, image: str) -> str:
@@ -109,7 +117,11 @@ def find_engine(name: str | None = None, options: Sequence[str] = ()) -> Engine:
         if program is None:
             problems.append(f"{each} is not installed")
             continue
-        command = [program, *options, *(("version", "--format", "{{.Server.Version}}") if each == "docker" else ("info",))]
+        command = [
+            program,
+            *options,
+            *(("version", "--format", "{{.Server.Version}}") if each == "docker" else ("info",)),
+        ]
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if result.returncode == 0:
             return Engine(each, program, tuple(options))
@@ -118,20 +130,22 @@ def find_engine(name: str | None = None, options: Sequence[str] = ()) -> Engine:
             reason = f"its daemon does not answer ({reason.removeprefix('Error: ')}; try: sudo systemctl start docker)"
         problems.append(f"{each} does not work: {reason}")
     raise RemoeError(
-        f"no container engine: {'; '.join(problems)}. Install one (sudo apt install docker.io docker-buildx, or sudo apt "
-        "install buildah), or make a tarball without containers: remoe-edge build --target jetson"
+        f"no container engine: {'; '.join(problems)}. Install one (sudo apt install docker.io docker-buildx, or sudo "
+        "apt install buildah), or make a tarball without containers: remoe-edge build --target jetson"
     )
 
 
 def check_emulation(engine: Engine, binfmt: Path = _BINFMT) -> None:
-    """Raise RemoeError if steps of an aarch64 image cannot run here. Docker may run in a machine of its own: not asked."""
+    """Raise RemoeError if steps of an aarch64 image cannot run here.
+
+    Docker is not asked: it may run in a machine of its own.
+    """
     if platform.machine() == ARCHITECTURE or engine.name == "docker":
         return
     if not any("qemu-aarch64" in path.name for path in binfmt.glob("*")):
         raise RemoeError(
-            "this machine cannot run aarch64 programs, which installing packages into the image needs; on Debian and "
-            "Ubuntu: sudo apt install qemu-user-static binfmt-support (in a container or virtual machine without it also: "
-            "sudo mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc && sudo update-binfmts --enable qemu-aarch64)"
+            f"{_EMULATION} (if that alone does not help: sudo mount -t binfmt_misc binfmt_misc {binfmt} && sudo "
+            "update-binfmts --enable qemu-aarch64)"
         )
 
 
@@ -143,7 +157,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(at).free
     if free < needed:
         raise RemoeError(
-            f"{folder} has {format_size(free)} free, but {what} needs about {format_size(needed)}; free some space there"
+            f"{folder} has {format_size(free)} free, but {what} needs about {format_size(needed)}; free some there"
         )
 
 
@@ -186,14 +200,10 @@ def explain(output: str, engine: Engine, log: Path) -> str:
     if own:
         return str(own[-1])
     if _NO_SPACE.search(output):
-        return f"no space left on {engine.name}'s storage; free some with: {engine.name} system prune" if (
-            engine.name == "docker"
-        ) else "no space left in buildah's storage; free some with: buildah rmi --prune"
+        prune = "docker system prune" if engine.name == "docker" else "buildah rmi --prune"
+        return f"no space left in {engine.name}'s storage; free some with: {prune}"
     if _NO_EMULATION.search(output):
-        return (
-            "this machine cannot run aarch64 programs, which installing packages into the image needs; on Debian and "
-            "Ubuntu: sudo apt install qemu-user-static binfmt-support"
-        )
+        return _EMULATION
     if _NO_IMAGE.search(output):
         line = next(line for line in output.splitlines() if _NO_IMAGE.search(line))
         return f"a base image cannot be had ({line.strip()}); name another with --runtime-image or --build-image"
@@ -209,9 +219,6 @@ def _ask(command: Sequence[str]) -> str:
 
 
 def _only_file(archive: bytes) -> bytes:
-    import io
-    import tarfile
-
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         member = tar.next()
         file = tar.extractfile(member) if member else None

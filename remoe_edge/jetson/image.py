@@ -123,11 +123,11 @@ def check_tarball(plan: ImagePlan) -> None:
         )
     if bundle.python != plan.python:
         raise RemoeError(
-            f"{plan.tarball} is for Python {bundle.python}, the image for {plan.python}; pass --python {bundle.python} or "
-            "make another"
+            f"{plan.tarball} is for Python {bundle.python}, the image for {plan.python}; pass --python {bundle.python} "
+            "or make another"
         )
     if bundle.cuda != plan.cuda:
-        held, wanted = (("with", "without") if bundle.cuda else ("without", "with"))
+        held, wanted = ("with", "without") if bundle.cuda else ("without", "with")
         raise RemoeError(
             f"{plan.tarball} is {held} CUDA, the image is to be {wanted} it; "
             + ("leave out --no-cuda" if bundle.cuda else "pass --no-cuda, or make another")
@@ -192,5 +192,3 @@ def _revision() -> str:
         ["git", "-C", str(folder), "rev-parse", "HEAD"], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     return result.stdout.strip()
-
-

@@ -93,7 +93,8 @@ def jetpack_of(l4t: str) -> JetPack:
             return release
     supported = ", ".join(f"{each}.x" for name in _pins()["jetpack"] for each in jetpack(name).l4t)
     raise RemoeError(
-        f"L4T {l4t} is not supported; JetPack 6 and, on an Orin, 7.2 or newer are (L4T {supported}): flash the device anew"
+        f"L4T {l4t} is not supported; JetPack 6 and, on an Orin, 7.2 or newer are (L4T {supported}): flash the device "
+        "anew"
     )
 
 

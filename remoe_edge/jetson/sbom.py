@@ -58,7 +58,9 @@ def _python(site: Path) -> Iterator[Component]:
         if name == "remoe-edge":
             continue
         licence = distribution.metadata.get("License-Expression") or distribution.metadata.get("License") or ""
-        yield _component(name, distribution.version, f"pkg:pypi/{name}@{distribution.version}", licence.splitlines()[:1])
+        yield _component(
+            name, distribution.version, f"pkg:pypi/{name}@{distribution.version}", licence.splitlines()[:1]
+        )
 
 
 def _runtime(manifest: Manifest) -> Iterator[Component]:
