@@ -70,7 +70,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         f"  UserKnownHostsFile {folder}/known_hosts\n  GlobalKnownHostsFile /dev/null\n"
     )
     log = folder / "sshd.log"
-    process = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log.open("w"))
+    with log.open("w") as output:
+        process = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=output)
     try:
         for _ in range(100):
             if "Server listening" in log.read_text():

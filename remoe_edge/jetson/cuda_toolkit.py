@@ -24,7 +24,8 @@ from remoe_edge.jetson.wheels import fetch_wheels
 from remoe_edge.progress import Report, silent
 
 _INSIDE = "nvidia/cu13/"
-_PYTHON = "3.12"  # NVIDIA's wheels are for every Python; pip wants one named.
+TOOLKIT_PYTHON = "3.12"
+"""NVIDIA's wheels are for every Python; pip wants one named."""
 _LINKED = ("libcudart", "libcublas", "libcublasLt")
 _DRIVER = (
     *("cuInit", "cuGetErrorString", "cuGetErrorName", "cuDeviceGet", "cuDeviceGetAttribute", "cuDeviceGetCount"),
@@ -59,8 +60,8 @@ def assemble(folder: Path, report: Report = silent) -> None:
         raise RemoeError(f"NVIDIA's compilers in the wheels run on x86-64, this machine is {platform.machine()}")
     if shutil.which(f"{PREFIX}gcc") is None:
         raise RemoeError(f"no {PREFIX}gcc found; on Debian and Ubuntu: sudo apt install g++-aarch64-linux-gnu")
-    host = fetch_wheels(cuda_wheels("host"), _PYTHON, "x86_64", report)
-    target = fetch_wheels(cuda_wheels("target"), _PYTHON, ARCHITECTURE, report)
+    host = fetch_wheels(cuda_wheels("host"), TOOLKIT_PYTHON, "x86_64", report)
+    target = fetch_wheels(cuda_wheels("target"), TOOLKIT_PYTHON, ARCHITECTURE, report)
     report("Putting the CUDA toolkit together", None)
     folder.mkdir(parents=True)
     for wheel in host:

@@ -15,10 +15,11 @@ from remoe_edge import __version__
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import cache_dir
 from remoe_edge.jetson.bundle import read_bundle
+from remoe_edge.jetson.cuda_toolkit import TOOLKIT_PYTHON
 from remoe_edge.jetson.engine import Engine, check_emulation, check_space, run_build
 from remoe_edge.jetson.package import write_package
 from remoe_edge.jetson.pins import ARCHITECTURE, JetPack, cuda_wheels, python_wheels, recipes_dir
-from remoe_edge.jetson.wheels import fetch_wheels
+from remoe_edge.jetson.wheels import fetch_wheels, project, wheels_dir
 from remoe_edge.progress import Report, silent
 from remoe_edge.runtime.pin import load_pin, patches_dir
 from remoe_edge.runtime.sdist import fetch_sdist
@@ -156,16 +157,19 @@ def _sources(plan: ImagePlan, inner: Path, report: Report) -> None:
     cache = inner / "cache"
     wheels = [(python_wheels(), plan.python, ARCHITECTURE)]
     if plan.cuda and plan.jetpack.cuda_from == "wheels":
-        wheels += [(cuda_wheels("host"), plan.python, "x86_64"), (cuda_wheels("target"), plan.python, ARCHITECTURE)]
+        wheels += [
+            (cuda_wheels("host"), TOOLKIT_PYTHON, "x86_64"),
+            (cuda_wheels("target"), TOOLKIT_PYTHON, ARCHITECTURE),
+        ]
     elif plan.cuda:
         shutil.copyfile(recipes_dir() / "image" / "cuda-packages.sh", inner / "cuda-packages.sh")
     packages = []
     for which, python, machine in wheels:
         for path in fetch_wheels(which, python, machine, report):
-            place = cache / "wheels" / path.parent.name / path.name
+            place = wheels_dir(cache, python, machine) / path.name
             place.parent.mkdir(parents=True, exist_ok=True)
             _place(path, place)
-            if path.parent.name.rpartition(f"-{python}-")[0].rpartition("-")[0] in _COMPILE_PACKAGES:
+            if project(path) in _COMPILE_PACKAGES:
                 packages.append(place)
     sdist = fetch_sdist(load_pin(patches_dir()))
     (cache / "sdist").mkdir(parents=True, exist_ok=True)

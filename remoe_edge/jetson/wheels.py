@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,46 +29,66 @@ def fetch_wheels(wheels: Sequence[Wheel], python: str, machine: str, report: Rep
 
     Raises RemoeError if pip fails, or if what arrives or lies there is not what is pinned.
     """
-    folder = cache_dir() / "wheels"
+    folder = wheels_dir(cache_dir(), python, machine)
     folder.mkdir(parents=True, exist_ok=True)
+    missing = [wheel for wheel in wheels if _find(folder, wheel) is None]
+    if missing:
+        some = ", ".join(wheel.name for wheel in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        report(f"Fetching packages for {machine}, Python {python}: {some}", None)
+        _download(missing, python, machine, folder)
     found = []
-    for done, wheel in enumerate(wheels):
-        report(f"Fetching {wheel.name} {wheel.version}", done / len(wheels))
-        found.append(_fetch(wheel, python, machine, folder))
+    for wheel in wheels:
+        path = _find(folder, wheel)
+        if path is None:
+            raise RemoeError(f"pip fetched no file of {wheel.name} {wheel.version} for Python {python} on {machine}")
+        if (digest := _sha256(path)) not in wheel.sha256:
+            raise RemoeError(f"{path} is not the pinned file (SHA-256 {digest}); delete it and retry")
+        found.append(path)
     return found
 
 
-def _fetch(wheel: Wheel, python: str, machine: str, folder: Path) -> Path:
-    # One folder for each: pip would answer from another Python's wheel, and the name of a file is not known before.
-    own = folder / f"{wheel.name}-{wheel.version}-{python}-{machine}"
-    kept = list(own.glob("*.whl"))
-    if not kept:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-            requirement = Path(temporary) / "requirements.txt"
-            requirement.write_text(wheel.requirement + "\n")
-            try:
-                run_pip(
-                    "download",
-                    "--no-deps",
-                    "--require-hashes",
-                    f"--requirement={requirement}",
-                    f"--dest={temporary}/new",
-                    *platform_arguments(python, machine),
-                )
-            except RemoeError as error:
-                raise RemoeError(f"{error}\nCheck the network and pip's index settings") from None
-            own.mkdir(exist_ok=True)
-            for path in Path(temporary, "new").iterdir():
-                path.rename(own / path.name)
-        kept = list(own.glob("*.whl"))
-    (path,) = kept
+def wheels_dir(cache: Path, python: str, machine: str) -> Path:
+    """Where a cache folder keeps wheels; one place for each Python, or pip would answer with another's."""
+    return cache / "wheels" / f"{python}-{machine}"
+
+
+def project(wheel: Path) -> str:
+    """The name of the project that a wheel is of, as pip compares names."""
+    return re.sub(r"[-_.]+", "-", wheel.name.partition("-")[0]).lower()
+
+
+def _find(folder: Path, wheel: Wheel) -> Path | None:
+    for path in folder.glob("*.whl"):
+        if project(path) == wheel.name and path.name.split("-")[1] == wheel.version:
+            return path
+    return None
+
+
+def _download(wheels: Sequence[Wheel], python: str, machine: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
+        requirements = Path(temporary) / "requirements.txt"
+        requirements.write_text("".join(wheel.requirement + "\n" for wheel in wheels))
+        try:
+            run_pip(
+                "download",
+                "--no-deps",
+                "--require-hashes",
+                f"--requirement={requirements}",
+                f"--dest={temporary}/new",
+                *platform_arguments(python, machine),
+            )
+        except RemoeError as error:
+            raise RemoeError(f"{error}\nCheck the network and pip's index settings") from None
+        for path in Path(temporary, "new").iterdir():
+            path.rename(folder / path.name)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() not in wheel.sha256:
-        raise RemoeError(f"{path} is not the pinned file (SHA-256 {digest.hexdigest()}); delete it and retry")
-    return path
+    return digest.hexdigest()
 
 
 def install_into(folder: Path, wheels: Iterable[Path], python: str, machine: str) -> None:
