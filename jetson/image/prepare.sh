@@ -12,9 +12,9 @@ fail() {
 # Before anything is fetched for it.
 if [ "$CUDA" = 1 ]; then
     major=${CUDA_VERSION_WANTED%%.*}
-    found=$(find / -xdev -name "libcudart.so.$major*" -print -quit 2>/dev/null)
+    found=$(find "${ROOT:-/}" -xdev -name "libcudart.so.$major*" -print -quit 2>/dev/null)
     [ -n "$found" ] || fail "RUNTIME_IMAGE has no CUDA $major (no libcudart.so.$major); name one with it, or build without: --no-cuda"
-    found=$(find / -xdev -name "libcublas.so.$major*" -print -quit 2>/dev/null)
+    found=$(find "${ROOT:-/}" -xdev -name "libcublas.so.$major*" -print -quit 2>/dev/null)
     [ -n "$found" ] || fail "RUNTIME_IMAGE has no cuBLAS $major; name a -runtime image of CUDA $CUDA_VERSION_WANTED"
 fi
 

@@ -28,10 +28,11 @@ if(REMOE_CUDA_TOOLKIT)
     set(CMAKE_CUDA_HOST_COMPILER aarch64-linux-gnu-g++)
     set(CUDAToolkit_ROOT ${REMOE_CUDA_TOOLKIT})
     list(APPEND CMAKE_FIND_ROOT_PATH ${REMOE_CUDA_TOOLKIT})
-    # libggml-cuda needs these when a program is linked; on the device they come from JetPack.
+    # libggml-cuda needs these when a program is linked; on the device they come from JetPack. Not among the linker flags,
+    # which projects and command lines set anew.
     foreach(_remoe_folder lib lib/stubs targets/aarch64-linux/lib targets/aarch64-linux/lib/stubs)
         if(IS_DIRECTORY ${REMOE_CUDA_TOOLKIT}/${_remoe_folder})
-            string(APPEND CMAKE_EXE_LINKER_FLAGS_INIT " -Wl,-rpath-link,${REMOE_CUDA_TOOLKIT}/${_remoe_folder}")
+            string(APPEND CMAKE_CXX_STANDARD_LIBRARIES " -Wl,-rpath-link,${REMOE_CUDA_TOOLKIT}/${_remoe_folder}")
         endif()
     endforeach()
 endif()

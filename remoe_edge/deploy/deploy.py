@@ -97,7 +97,7 @@ def deploy(deployment: Deployment, report: Report = silent) -> Outcome:
         image=deployment.image is not None,
     )
     folder = remote.folder
-    host.ask(["mkdir", "-p", "--", folder, f"{folder}/models", f"{folder}/results"])
+    host.ask(["mkdir", "-p", "--", folder, f"{folder}/models"])
     program = (
         _bring_bundle(host, deployment.tarball, folder, report)
         if deployment.tarball

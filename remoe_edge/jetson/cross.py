@@ -9,7 +9,7 @@ from pathlib import Path
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.jetson.pins import ARCHITECTURE, recipes_dir
-from remoe_edge.runtime.toolchain import Compiler, cross_target
+from remoe_edge.runtime.toolchain import Compiler, cross_target, own_settings
 
 PREFIX = "aarch64-linux-gnu-"
 PLATFORM = "linux_aarch64"
@@ -47,7 +47,7 @@ def cross_compiler(toolkit: Path | None = None) -> Compiler:
         variables={},
         version=f"{version}; aarch64.cmake {digest[:12]}",
         target=cross_target(ARCHITECTURE),
-        settings={},
+        settings=own_settings(),
         flags=flags,
         places=places,
         platform=PLATFORM,

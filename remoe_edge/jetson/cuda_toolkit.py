@@ -55,7 +55,7 @@ def cuda_toolkit(report: Report = silent) -> Path:
 
 
 def assemble(folder: Path, report: Report = silent) -> None:
-    """Make the toolkit in a new folder; 1.5 GB there and 630 MB of wheels in the cache folder, most of it cuBLAS."""
+    """Make the toolkit in a new folder; 890 MB there and 630 MB of wheels in the cache folder, most of it cuBLAS."""
     if platform.machine() != "x86_64":
         raise RemoeError(f"NVIDIA's compilers in the wheels run on x86-64, this machine is {platform.machine()}")
     if shutil.which(f"{PREFIX}gcc") is None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from remoe_edge.sizes import format_size
 ENGINES = ("docker", "buildah")
 
 _OWN_LINE = re.compile(r"^(?:#\d+ [\d.]+ )?remoe-edge: (.+)$", re.MULTILINE)
-_STEP = re.compile(r"^(?:#\d+ \[[^\]]*?(\d+)/(\d+)\]|(?:\[\d+/\d+\] )?STEP (\d+)/(\d+):|Step (\d+)/(\d+) :)")
+_STEP = re.compile(r"^\[(\d+)/(\d+)\] STEP (\d+)/(\d+): (.*)")  # buildah
+_PART = re.compile(r"^#\d+ \[([^\]]*\d+/\d+)\] (.*)")  # BuildKit
 _NO_SPACE = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 _NO_EMULATION = re.compile(r"exec format error", re.IGNORECASE)
 _NO_IMAGE = re.compile(
@@ -39,20 +39,13 @@ _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that answers.
-
-    Attributes
-    ----------
-    options
-        What comes before its subcommand; empty but for tests and special storage.
-    """
+    """An engine, and its program. Where it keeps images is its own configuration's choice."""
 
     name: str
     program: str
-    options: tuple[str, ...] = ()
 
     def command(self, *arguments: str) -> list[str]:
-        return [self.program, *self.options, *arguments]
+        return [self.program, *arguments]
 
     def ask(self, *arguments: str) -> str:
         """Stdout of a subcommand. Raises RemoeError with what it said if it fails."""
@@ -109,7 +102,7 @@ class Engine:
             self.ask("rm", container)
 
 
-def find_engine(name: str | None = None, options: Sequence[str] = ()) -> Engine:
+def find_engine(name: str | None = None) -> Engine:
     """The engine with a name, else the first that answers. Raises RemoeError, with what to do, if there is none."""
     problems = []
     for each in [name] if name else ENGINES:
@@ -117,14 +110,10 @@ def find_engine(name: str | None = None, options: Sequence[str] = ()) -> Engine:
         if program is None:
             problems.append(f"{each} is not installed")
             continue
-        command = [
-            program,
-            *options,
-            *(("version", "--format", "{{.Server.Version}}") if each == "docker" else ("info",)),
-        ]
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        question = ("version", "--format", "{{.Server.Version}}") if each == "docker" else ("info",)
+        result = subprocess.run([program, *question], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if result.returncode == 0:
-            return Engine(each, program, tuple(options))
+            return Engine(each, program)
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         if each == "docker":
             reason = f"its daemon does not answer ({reason.removeprefix('Error: ')}; try: sudo systemctl start docker)"
@@ -161,9 +150,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def run_build(
-    engine: Engine, arguments: Sequence[str], environment: Mapping[str, str], log: Path, report: Report = silent
-) -> None:
+def run_build(engine: Engine, arguments: Sequence[str], log: Path, report: Report = silent) -> None:
     """Run an engine's build with its output in ``log``, following its steps.
 
     Raises RemoeError with the one reason if it fails, where that is known, else with the end of its output.
@@ -172,7 +159,6 @@ def run_build(
         log.open("w") as output,
         subprocess.Popen(
             engine.command(*arguments),
-            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -184,14 +170,21 @@ def run_build(
             assert process.stdout is not None
             for line in process.stdout:
                 output.write(line)
-                if step := _STEP.match(line):
-                    done, total = (int(each) for each in step.groups() if each)
-                    report(f"Building the image, step {done} of {total}", (done - 1) / total)
+                _follow(line, report)
         except BaseException:
             process.terminate()
             raise
     if process.returncode != 0:
         raise RemoeError(explain(log.read_text(), engine, log))
+
+
+def _follow(line: str, report: Report) -> None:
+    if step := _STEP.match(line):
+        stage, stages, done, total = (int(each) for each in step.groups()[:4])
+        report("Building the image", (stage - 1 + (done - 1) / total) / stages)
+    elif part := _PART.match(line):
+        # Stages run side by side.
+        report(f"Building the image: {part[1]} {part[2][:40]}", None)
 
 
 def explain(output: str, engine: Engine, log: Path) -> str:
@@ -205,8 +198,9 @@ def explain(output: str, engine: Engine, log: Path) -> str:
     if _NO_EMULATION.search(output):
         return _EMULATION
     if _NO_IMAGE.search(output):
-        line = next(line for line in output.splitlines() if _NO_IMAGE.search(line))
-        return f"a base image cannot be had ({line.strip()}); name another with --runtime-image or --build-image"
+        line = [line for line in output.splitlines() if _NO_IMAGE.search(line)][-1]
+        reason = line.strip().removeprefix("Error: ")
+        return f"a base image cannot be had ({reason}); name another with --runtime-image or --build-image"
     end = "\n".join(output.splitlines()[-15:])
     return f"{engine.name} failed; all of its output is in {log}\n{end}"
 

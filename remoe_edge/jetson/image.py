@@ -99,13 +99,14 @@ class Image:
 def build_image(plan: ImagePlan, report: Report = silent) -> Image:
     """Build an image. Raises RemoeError with the reason if that fails; what was there under the tag before stays."""
     check_tarball(plan)
+    check_bases(plan)
     check_emulation(plan.engine)
     check_space(plan.engine.storage(), _SPACE[plan.cuda] if plan.tarball is None else _GIB, "the image")
     with context(plan, report) as folder:
         log = cache_dir() / "image.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         report("Building the image", None)
-        run_build(plan.engine, plan.command(folder), {}, log, report)
+        run_build(plan.engine, plan.command(folder), log, report)
     report("Reading the image", None)
     sbom = plan.engine.read(plan.tag, "/opt/remoe-edge/sbom.cdx.json").decode()
     size = plan.engine.size(plan.tag)
@@ -133,6 +134,16 @@ def check_tarball(plan: ImagePlan) -> None:
             f"{plan.tarball} is {held} CUDA, the image is to be {wanted} it; "
             + ("leave out --no-cuda" if bundle.cuda else "pass --no-cuda, or make another")
         )
+
+
+def check_bases(plan: ImagePlan) -> None:
+    """Raise RemoeError if a base image that the engine has is for another architecture; others it fetches itself."""
+    for option, image, wanted in (
+        ("--build-image", plan.build_image, "amd64"),
+        ("--runtime-image", plan.runtime_image, "arm64"),
+    ):
+        if plan.engine.exists(image) and (found := plan.engine.architecture(image)) != wanted:
+            raise RemoeError(f"{image} is for {found}, and has to be for {wanted}; name another with {option}")
 
 
 @contextmanager

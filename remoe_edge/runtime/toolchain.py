@@ -52,8 +52,12 @@ def find_compiler(*, cuda: bool) -> Compiler:
         variables["CUDACXX"] = nvcc
         release = next(line for line in _output([nvcc, "--version"]).splitlines() if "release" in line)
         version += f"; {release}"
-    settings = {name: value for name in _ENVIRONMENT if (value := os.environ.get(name))}
-    return Compiler(variables, version, _target(cxx), settings)
+    return Compiler(variables, version, _target(cxx), own_settings())
+
+
+def own_settings() -> dict[str, str]:
+    """The user's compiler settings from the environment."""
+    return {name: value for name in _ENVIRONMENT if (value := os.environ.get(name))}
 
 
 def cross_target(machine: str) -> str:
