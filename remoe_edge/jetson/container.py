@@ -12,7 +12,7 @@ from pathlib import Path
 
 from remoe_edge.device.identity import is_jetson
 from remoe_edge.errors import RemoeError
-from remoe_edge.jetson.engine import Engine
+from remoe_edge.jetson.engine import BINFMT, Engine
 
 MODELS = "/models"
 _RELEASE = "/etc/nv_tegra_release"
@@ -115,8 +115,8 @@ def plan_run(engine: Engine, options: RunOptions, *, nvidia: bool, terminal: boo
     return ContainerPlan(engine.command(*run), created, engine.command("rm", name), missing)
 
 
-def check_image(engine: Engine, tag: str, machine: str | None = None) -> None:
-    """Raise RemoeError if the engine has no such image, or if it is for another architecture."""
+def check_image(engine: Engine, tag: str, machine: str | None = None, binfmt: Path = BINFMT) -> None:
+    """Raise RemoeError if the engine has no such image, or if a machine (by default this one) cannot run it."""
     if not engine.exists(tag):
         raise RemoeError(
             f"{engine.name} has no image {tag}; make it with remoe-edge image build -t {tag}, or load it: "
@@ -124,7 +124,8 @@ def check_image(engine: Engine, tag: str, machine: str | None = None) -> None:
         )
     here = _ARCHITECTURES.get(machine or platform.machine(), "")
     found = engine.architecture(tag)
-    if found != here and not any("qemu" in each.name for each in Path("/proc/sys/fs/binfmt_misc").glob("*")):
+    emulated = machine is None and found == "arm64" and (binfmt / "qemu-aarch64").exists()
+    if found != here and not emulated:
         raise RemoeError(f"{tag} is for {found}, this machine is {here or platform.machine()}; run it on a Jetson")
 
 

@@ -23,6 +23,7 @@ ENGINES = ("docker", "buildah")
 _OWN_LINE = re.compile(r"^(?:#\d+ [\d.]+ )?remoe-edge: (.+)$", re.MULTILINE)
 _STEP = re.compile(r"^\[(\d+)/(\d+)\] STEP (\d+)/(\d+): (.*)")  # buildah
 _PART = re.compile(r"^#\d+ \[([^\]]*\d+/\d+)\] (.*)")  # BuildKit
+_NO_BUILDX = re.compile(r"unknown command: docker buildx|'buildx' is not a docker command|unknown flag: --load")
 _NO_SPACE = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 _NO_EMULATION = re.compile(r"exec format error", re.IGNORECASE)
 _NO_IMAGE = re.compile(
@@ -34,7 +35,7 @@ _EMULATION = (
     "this machine cannot run aarch64 programs, which installing packages into the image needs; on Debian and Ubuntu: "
     "sudo apt install qemu-user-static binfmt-support"
 )
-_BINFMT = Path("/proc/sys/fs/binfmt_misc")
+BINFMT = Path("/proc/sys/fs/binfmt_misc")
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,14 @@ def find_engine(name: str | None = None) -> Engine:
     )
 
 
-def check_emulation(engine: Engine, binfmt: Path = _BINFMT) -> None:
+def check_emulation(engine: Engine, binfmt: Path = BINFMT) -> None:
     """Raise RemoeError if steps of an aarch64 image cannot run here.
 
     Docker is not asked: it may run in a machine of its own.
     """
     if platform.machine() == ARCHITECTURE or engine.name == "docker":
         return
-    if not any("qemu-aarch64" in path.name for path in binfmt.glob("*")):
+    if not (binfmt / "qemu-aarch64").exists():
         raise RemoeError(
             f"{_EMULATION} (if that alone does not help: sudo mount -t binfmt_misc binfmt_misc {binfmt} && sudo "
             "update-binfmts --enable qemu-aarch64)"
@@ -192,6 +193,8 @@ def explain(output: str, engine: Engine, log: Path) -> str:
     own = _OWN_LINE.findall(output)
     if own:
         return str(own[-1])
+    if _NO_BUILDX.search(output):
+        return "docker has no buildx, which images for another architecture need: sudo apt install docker-buildx"
     if _NO_SPACE.search(output):
         prune = "docker system prune" if engine.name == "docker" else "buildah rmi --prune"
         return f"no space left in {engine.name}'s storage; free some with: {prune}"

@@ -201,7 +201,7 @@ def _place(source: Path, target: Path) -> None:
 def _revision() -> str:
     """The commit of the checkout that is running; empty elsewhere."""
     folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
+    if not (folder / ".git").exists() or shutil.which("git") is None:
         return ""
     result = subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "HEAD"], stdin=subprocess.DEVNULL, capture_output=True, text=True
