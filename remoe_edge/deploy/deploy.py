@@ -32,7 +32,7 @@ rm -rf -- "$folder/.old-$top"
 mv -- "$folder/.new-$name/$top" "$folder/$top"
 rm -rf -- "$folder/.old-$top" "$folder/.new-$name" "$folder/$name.tar.gz"
 """
-_HASHES = 'cd -- "$1" && shift && for file; do [ ! -e "$file" ] || sha256sum -- "$file"; done'
+_HASHES = 'cd -- "$1" && shift && for file; do sha256sum -- "$file"; done'
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,10 @@ def _bring_image(deployment: Deployment, remote: Remote, report: Report) -> list
 
 
 def _compare(host: Host, shards: Sequence[Path], folder: str) -> None:
-    there = dict(
-        reversed(line.split("  ", 1)) for line in host.script(_HASHES, folder, *(s.name for s in shards)).splitlines()
-    )
-    for shard in shards:
-        if there.get(shard.name) != _sha256(shard):
+    # By their order: sha256sum escapes names with strange characters in them.
+    lines = host.script(_HASHES, folder, *(shard.name for shard in shards)).splitlines()
+    for shard, line in zip(shards, lines, strict=True):
+        if line.removeprefix("\\")[:64] != _sha256(shard):
             raise RemoeError(
                 f"{host.name}: {folder}/{shard.name} is not what was sent; delete it there and run this again"
             )

@@ -91,7 +91,7 @@ def read_artefact(path: Path) -> Artefact:
                 needed.append(_string(sections[dynamic.link].content, value))  # type: ignore[union-attr]
             elif tag in (_DT_RPATH, _DT_RUNPATH):
                 search = _string(sections[dynamic.link].content, value)  # type: ignore[union-attr]
-        versions = {}
+        versions: dict[str, frozenset[str]] = {}
         for section in sections:
             if section.type == _SHT_VERNEED:
                 versions.update(_needed_versions(section, sections[section.link].content))

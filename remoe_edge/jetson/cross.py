@@ -35,21 +35,22 @@ def cross_compiler(toolkit: Path | None = None) -> Compiler:
     if cxx is None or shutil.which(f"{PREFIX}gcc") is None:
         raise RemoeError(f"no {PREFIX}g++ found to compile for {ARCHITECTURE}; on Debian and Ubuntu: {_APT}")
     version = _first_line([cxx, "--version"])
-    flags, places = _FLAGS, (f"CMAKE_TOOLCHAIN_FILE={toolchain_file()}",)
+    flags, places = [*_FLAGS], [f"CMAKE_TOOLCHAIN_FILE={toolchain_file()}"]
     if toolkit is not None:
         nvcc = toolkit / "bin" / "nvcc"
         if not nvcc.is_file():
             raise RemoeError(f"{toolkit} is no CUDA toolkit: it has no bin/nvcc; leave the option out to have one made")
         version += f"; {_first_line([str(nvcc), '--version'], 'release')}"
-        flags, places = flags + _CUDA_FLAGS, (*places, f"REMOE_CUDA_TOOLKIT={toolkit}")
+        flags += _CUDA_FLAGS
+        places.append(f"REMOE_CUDA_TOOLKIT={toolkit}")
     digest = hashlib.sha256(toolchain_file().read_bytes()).hexdigest()
     return Compiler(
         variables={},
         version=f"{version}; aarch64.cmake {digest[:12]}",
         target=cross_target(ARCHITECTURE),
         settings=own_settings(),
-        flags=flags,
-        places=places,
+        flags=tuple(flags),
+        places=tuple(places),
         platform=PLATFORM,
     )
 

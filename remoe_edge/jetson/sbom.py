@@ -57,7 +57,9 @@ def _python(site: Path) -> Iterator[Component]:
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
         if name == "remoe-edge":
             continue
-        licence = distribution.metadata.get("License-Expression") or distribution.metadata.get("License") or ""
+        # get() of this mapping came with Python 3.12's types.
+        fields = dict(distribution.metadata.items())
+        licence = fields.get("License-Expression") or fields.get("License") or ""
         yield _component(
             name, distribution.version, f"pkg:pypi/{name}@{distribution.version}", licence.splitlines()[:1]
         )
