@@ -57,9 +57,8 @@ def _python(site: Path) -> Iterator[Component]:
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
         if name == "remoe-edge":
             continue
-        # get() of this mapping came with Python 3.12's types.
-        fields = dict(distribution.metadata.items())
-        licence = fields.get("License-Expression") or fields.get("License") or ""
+        named = (distribution.metadata.get_all(field) for field in ("License-Expression", "License"))
+        licence = next((found[0] for found in named if found), "")
         yield _component(
             name, distribution.version, f"pkg:pypi/{name}@{distribution.version}", licence.splitlines()[:1]
         )
