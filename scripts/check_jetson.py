@@ -3,8 +3,9 @@
     python scripts/check_jetson.py [--work DIR] [--jobs N] [--only STEP ...]
 
 Steps: build (cross-compile without CUDA, make the bundle, check its files), image (the recipe with buildah, on a
-Debian 12 base for arm64 in place of NVIDIA's), and inside that image, under qemu: doctor, decode (the demo model), exact
-(cache against no cache, logits by memcmp), trace (the OLMoE trace's counters against the simulator), bench (JSONL rows).
+Debian 12 base for arm64 in place of NVIDIA's), and inside that image, under qemu: doctor, decode (the demo model),
+exact (cache against no cache, logits by memcmp), trace (the OLMoE trace's counters against the simulator), bench (JSONL
+rows).
 
 Needs root and g++-aarch64-linux-gnu, qemu-user-static, binfmt-support, buildah, mmdebstrap; what is missing is said,
 and the exit status is then 77, as test harnesses take it. Nothing outside --work is written, but for the cache folder
@@ -40,7 +41,7 @@ TOOLS = {
     "mmdebstrap": "mmdebstrap",
 }
 # Pure Python, so they run on the image's Python; there is no need for them in the image.
-TEST_PACKAGES = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pytest_timeout.py")
+TEST_PACKAGES = ("pytest", "_pytest", "py.py", "pluggy", "iniconfig", "packaging", "pytest_timeout.py")
 SKIPPED = 77
 
 

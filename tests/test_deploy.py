@@ -97,7 +97,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bundle_and_model_there_and_results_back(server: Server, bundle: Path, tmp_path: Path) -> None:
     model = write_small_twin(tmp_path / f"{WILD}.gguf")
     wanted = Deployment(server.host, model, tmp_path / "back", bundle, folder=f"there {WILD}", bench=BENCH)
-    outcome = deploy(wanted)
+    told = []
+    outcome = deploy(wanted, lambda stage, part: told.append((stage, part)))
 
     folder = server.home / f"there {WILD}"
     assert outcome.folder == str(folder)
@@ -106,6 +107,7 @@ def test_bundle_and_model_there_and_results_back(server: Server, bundle: Path, t
     assert not list(tmp_path.rglob("pwned"))
     (row,) = [json.loads(line) for line in (tmp_path / "back" / "results.jsonl").read_text().splitlines()]
     assert (row["status"], row["arm"], row["n_gen"]) == ("ok", "cache", 6)
+    assert [part for stage, part in told if stage.startswith("board: ")], "how far the benchmark there is"
     # It ran there: on the copy, with the packages and the runtime of the bundle.
     assert row["model_path"] == str(folder / "models" / model.name)
     assert row["runtime_key"] == read_bundle(bundle).runtime

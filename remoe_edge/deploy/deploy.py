@@ -118,7 +118,7 @@ def deploy(deployment: Deployment, report: Report = silent) -> Outcome:
     files, rows = [str(doctor_file)], []
     if deployment.bench:
         report(f"A short benchmark on {host.name}", None)
-        rows = _bench(host, [*program, "bench", model, *deployment.bench], rows_file, deployment.force)
+        rows = _bench(deployment, [*program, "bench", model, *deployment.bench], rows_file, report)
         files.append(str(rows_file))
     return Outcome(folder, bool(findings["valid"]), findings["findings"], rows, files)
 
@@ -198,8 +198,9 @@ def _doctor(host: Host, command: Sequence[str]) -> dict[str, Any]:
     return content
 
 
-def _bench(host: Host, command: Sequence[str], rows_file: Path, force: bool) -> list[dict[str, Any]]:
-    result = host.run(command)
+def _bench(deployment: Deployment, command: Sequence[str], rows_file: Path, report: Report) -> list[dict[str, Any]]:
+    host = deployment.host
+    result = host.run(command, report)
     # Without --output the rows come on stdout, so nothing has to be fetched or deleted there.
     try:
         rows = [json.loads(line) for line in result.stdout.splitlines()]
@@ -208,7 +209,7 @@ def _bench(host: Host, command: Sequence[str], rows_file: Path, force: bool) -> 
     if not rows:
         said = [line for line in result.stderr.splitlines() if line.strip()] or [f"exit status {result.returncode}"]
         raise RemoeError(f"{host.name}: the benchmark failed: {said[-1]}")
-    with atomic_output(rows_file, force=force) as temporary:
+    with atomic_output(rows_file, force=deployment.force) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

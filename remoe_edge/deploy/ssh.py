@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.progress import Report, silent
 
 _CONNECT_S = 15
+_STAGE = re.compile(r"(.+) (\d+) %")
 _PROGRESS = re.compile(r"\s(\d+)%\s")
 
 
@@ -47,24 +48,39 @@ class Host:
         command += ["-i", str(self.identity)] if self.identity else []
         return [*command, *self.options]
 
-    def run(self, words: Sequence[str], *, to_terminal: bool = False) -> subprocess.CompletedProcess[str]:
+    def run(self, words: Sequence[str], follow: Report | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command there; its words reach it as they are, whatever is in them.
 
-        Its stdout is returned; its stderr, too, or it goes to this terminal. Raises RemoeError if the machine cannot be
-        reached.
+        Parameters
+        ----------
+        follow
+            Told of the progress that a command of remoe-edge writes to stderr where that is no terminal.
+
+        Raises RemoeError if the machine cannot be reached.
         """
         # sshd gives one string to the user's shell, so every word is quoted for it.
         command = [*self.ssh(), "--", self.name, shlex.join(words)]
-        result = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=sys.stderr if to_terminal else subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as output,
+            subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace"
+            ) as process,
+        ):
+            said = []
+            try:
+                assert process.stderr is not None
+                for line in process.stderr:
+                    said.append(line)
+                    if follow and (stage := _STAGE.fullmatch(line.strip())):
+                        follow(f"{self.name}: {stage[1]}", int(stage[2]) / 100)
+            except BaseException:
+                process.terminate()
+                raise
+            status = process.wait()
+            output.seek(0)
+            result = subprocess.CompletedProcess(command, status, output.read(), "".join(said))
         if result.returncode == 255:
-            raise RemoeError(self.unreachable(result.stderr or ""))
+            raise RemoeError(self.unreachable(result.stderr))
         return result
 
     def ask(self, words: Sequence[str]) -> str:
