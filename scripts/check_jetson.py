@@ -165,6 +165,8 @@ class Check:
             "-p",
             "no:cacheprovider",
             "-p",
+            "pytest_timeout",
+            "-p",
             "no:warnings",
             "-o",
             "filterwarnings=default",
