@@ -220,7 +220,7 @@ def make_plan(
         if resident_ms is not None
         else _resident(model, layouts, groups, needs, n_threads or default_threads(), report)
     )
-    curves = _Curves(groups, [trace] if trace is not None else None, report)
+    curves = Curves(groups, [trace] if trace is not None else None, report)
 
     own = {policy: slots_for(groups, divided.cache, policy) for policy in POLICIES}
     possible = [policy for policy in POLICIES if own[policy]]
@@ -298,7 +298,7 @@ def _refuse_too_little(model: Path, memory: Memory, groups: Sequence[ExpertGroup
     )
 
 
-class _Curves:
+class Curves:
     """Hit rates at a number of slots, from the model's own trace or from those of others.
 
     Another model's trace is asked at the same part of the experts, between two numbers of slots by interpolation, and

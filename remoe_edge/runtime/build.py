@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from remoe_edge.progress import Report, silent
 from remoe_edge.runtime.patch import apply_patches
 from remoe_edge.runtime.pin import Pin, load_pin, patches_digest, patches_dir
 from remoe_edge.runtime.sdist import fetch_sdist, unpack
-from remoe_edge.runtime.toolchain import Compiler, default_jobs, find_compiler, find_tool
+from remoe_edge.runtime.toolchain import Compiler, cross_target, default_jobs, find_compiler, find_tool
 from remoe_edge.runtime.wheel import Manifest, install_wheel, installed_manifest, write_wheel
 
 _FLAGS = (
@@ -77,6 +78,8 @@ class BuildOptions:
         Delete every cached runtime and half-done build first.
     patches
         The folder with ``pin.json`` and the patches.
+    compiler
+        Compilers for another machine; what they make is not installed here. By default this machine's.
     """
 
     cuda: bool = False
@@ -84,6 +87,7 @@ class BuildOptions:
     jobs: int | None = None
     clean: bool = False
     patches: Path | None = None
+    compiler: Compiler | None = None
 
 
 @dataclass(frozen=True)
@@ -122,14 +126,14 @@ def ensure_runtime(options: BuildOptions | None = None, report: Report = silent)
     options = options or BuildOptions()
     patches = options.patches or patches_dir()
     pin = load_pin(patches)
-    compiler = find_compiler(cuda=options.cuda)
+    compiler = options.compiler or find_compiler(cuda=options.cuda)
     manifest = _plan(options, patches, pin, compiler)
     with _lock(report):
         if options.clean:
             shutil.rmtree(_runtimes(), ignore_errors=True)
             shutil.rmtree(_builds(), ignore_errors=True)
         runtime = _find(manifest.key) or _build(options, patches, pin, compiler, manifest, report)
-        if installed_manifest() != runtime.manifest:
+        if options.compiler is None and installed_manifest() != runtime.manifest:
             report("Installing llama-cpp-python", None)
             install_wheel(runtime.wheel)
     return runtime
@@ -170,11 +174,14 @@ def _builds() -> Path:
 
 
 def _find(key: str) -> Runtime | None:
-    root = _runtimes() / key
-    try:
-        return Runtime(root, Manifest.from_json((root / "manifest.json").read_text()))
-    except FileNotFoundError:
-        return None
+    # A bundle or image carries its runtime where nothing is written.
+    carried = os.environ.get("REMOE_EDGE_RUNTIMES")
+    for folder in (_runtimes(), *([Path(carried)] if carried else [])):
+        try:
+            return Runtime(folder / key, Manifest.from_json((folder / key / "manifest.json").read_text()))
+        except FileNotFoundError:
+            continue
+    return None
 
 
 def _current_runtime() -> Runtime | None:
@@ -188,6 +195,8 @@ def _current_runtime() -> Runtime | None:
     runtime = _find(installed.key)
     if runtime is None:
         return None
+    if installed.target == cross_target(platform.machine()):
+        return runtime
     try:
         target = find_compiler(cuda=False).target
     except RemoeError:
@@ -204,6 +213,7 @@ def _plan(options: BuildOptions, patches: Path, pin: Pin, compiler: Compiler) ->
         flags.append("GGML_CUDA=ON")
         if architectures := compiler.settings.get("CUDAARCHS"):
             flags.append(f"CMAKE_CUDA_ARCHITECTURES={architectures}")
+    flags += compiler.flags
     commit = pin.llama_cpp_commit if options.source is None else "checkout"
     flags += [f"LLAMA_BUILD_COMMIT={commit}", "LLAMA_BUILD_NUMBER=0"]
     manifest = Manifest(
@@ -246,7 +256,7 @@ def _build(
     _prepare(options, patches, pin, manifest, work, report)
     _compile(cmake, ninja, options.jobs or default_jobs(), compiler, manifest, work, report)
     report("Packing", None)
-    root = _publish(work, manifest)
+    root = _publish(work, manifest, compiler.platform)
     shutil.rmtree(work)
     return Runtime(root, manifest)
 
@@ -313,7 +323,7 @@ def _compile(
     }
     report("Configuring llama.cpp", None)
     configure: list[Path | str] = [cmake, "-S", work / "llama.cpp", "-B", out, "-G", "Ninja"]
-    configure += [f"-D{flag}" for flag in (f"CMAKE_MAKE_PROGRAM={ninja}", *manifest.flags)]
+    configure += [f"-D{flag}" for flag in (f"CMAKE_MAKE_PROGRAM={ninja}", *compiler.places, *manifest.flags)]
     _run(configure, environment, work / "configure.log")
     listing = subprocess.run([ninja, "-C", out, "-t", "targets", "all"], capture_output=True, text=True, check=True)
     targets = [*_TARGETS, *_TEST_TARGET.findall(listing.stdout)]
@@ -351,7 +361,7 @@ def _run(command: Sequence[Path | str], environment: dict[str, str], log: Path, 
         raise RemoeError(f"{Path(command[0]).name} failed; all of its output is in {log}\n{reason}{hint}")
 
 
-def _publish(work: Path, manifest: Manifest) -> Path:
+def _publish(work: Path, manifest: Manifest, target: str | None) -> Path:
     """Put together the runtime folder and move it to its place in one step."""
     new, root = work / "runtime", _runtimes() / manifest.key
     shutil.rmtree(new, ignore_errors=True)
@@ -360,7 +370,7 @@ def _publish(work: Path, manifest: Manifest) -> Path:
     for path in sorted((work / "out" / "bin").iterdir()):
         shutil.copy2(path, new / ("lib" if path.suffix == ".so" else "bin") / path.name)
     libraries = [path for pattern in _WHEEL_LIBRARIES for path in (new / "lib").glob(pattern)]
-    write_wheel(work / "sdist", libraries, manifest, new / "wheel")
+    write_wheel(work / "sdist", libraries, manifest, new / "wheel", target)
     shutil.copy2(work / "sdist" / "LICENSE.md", new / "LICENSES" / "llama-cpp-python")
     shutil.copy2(work / "llama.cpp" / "LICENSE", new / "LICENSES" / "llama.cpp")
     for path in (work / "llama.cpp" / "licenses").glob("LICENSE-*"):

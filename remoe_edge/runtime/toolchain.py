@@ -28,6 +28,12 @@ class Compiler:
     """Digest of the macros the compiler predefines for this machine's CPU: architecture, features, ABI, version."""
     settings: dict[str, str]
     """The user's own compiler settings from the environment."""
+    flags: tuple[str, ...] = ()
+    """CMake cache settings that the machine compiled for needs."""
+    places: tuple[str, ...] = ()
+    """CMake cache settings that say where things are on this machine; they shape no code, and no key covers them."""
+    platform: str | None = None
+    """Of the machine compiled for, as wheels name it ("linux_aarch64"); None: this one."""
 
 
 def find_compiler(*, cuda: bool) -> Compiler:
@@ -46,8 +52,17 @@ def find_compiler(*, cuda: bool) -> Compiler:
         variables["CUDACXX"] = nvcc
         release = next(line for line in _output([nvcc, "--version"]).splitlines() if "release" in line)
         version += f"; {release}"
-    settings = {name: value for name in _ENVIRONMENT if (value := os.environ.get(name))}
-    return Compiler(variables, version, _target(cxx), settings)
+    return Compiler(variables, version, _target(cxx), own_settings())
+
+
+def own_settings() -> dict[str, str]:
+    """The user's compiler settings from the environment."""
+    return {name: value for name in _ENVIRONMENT if (value := os.environ.get(name))}
+
+
+def cross_target(machine: str) -> str:
+    """The `target` of what was compiled elsewhere for every machine of an architecture ("aarch64")."""
+    return f"any {machine}"
 
 
 def find_tool(name: str) -> Path:

@@ -56,7 +56,9 @@ class Manifest:
         return cls(**content)
 
 
-def write_wheel(bindings: Path, libraries: Iterable[Path], manifest: Manifest, folder: Path) -> Path:
+def write_wheel(
+    bindings: Path, libraries: Iterable[Path], manifest: Manifest, folder: Path, platform: str | None = None
+) -> Path:
     """Write the wheel into ``folder`` and return its path.
 
     Parameters
@@ -65,9 +67,11 @@ def write_wheel(bindings: Path, libraries: Iterable[Path], manifest: Manifest, f
         The unpacked sdist: ``llama_cpp/``, ``PKG-INFO`` and ``LICENSE.md`` are taken from it.
     libraries
         Shared libraries for ``llama_cpp/lib``; each must be a plain file that others find under its own name.
+    platform
+        Of the machine that they run on, such as "linux_aarch64"; by default this one's.
     """
     version = f"{manifest.llama_cpp_python}+remoe.{manifest.key}"
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    platform = platform or sysconfig.get_platform().replace("-", "_").replace(".", "_")
     wheel = folder / f"llama_cpp_python-{version}-py3-none-{platform}.whl"
     info = f"llama_cpp_python-{version}.dist-info"
     package = bindings / "llama_cpp"
@@ -86,7 +90,7 @@ def write_wheel(bindings: Path, libraries: Iterable[Path], manifest: Manifest, f
     members[f"{info}/WHEEL"] = (
         f"Wheel-Version: 1.0\nGenerator: remoe-edge {__version__}\nRoot-Is-Purelib: false\nTag: py3-none-{platform}\n"
     ).encode()
-    members[f"{info}/RECORD"] = _record(members, f"{info}/RECORD")
+    members[f"{info}/RECORD"] = record(members, f"{info}/RECORD")
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, content in members.items():
             entry = zipfile.ZipInfo(name)  # dated 1980, so that equal contents make equal wheels
@@ -95,7 +99,8 @@ def write_wheel(bindings: Path, libraries: Iterable[Path], manifest: Manifest, f
     return wheel
 
 
-def _record(members: dict[str, bytes], own_name: str) -> bytes:
+def record(members: dict[str, bytes], own_name: str) -> bytes:
+    """The file RECORD of a wheel, which lists itself as ``own_name``."""
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     for name, content in members.items():

@@ -1,0 +1,1 @@
+"""Bringing remoe-edge and a model to another machine over SSH, and results back."""

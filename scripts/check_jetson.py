@@ -1,0 +1,221 @@
+"""Proves the Jetson build as far as that goes without a Jetson: cross-built for aarch64, run under qemu.
+
+    python scripts/check_jetson.py [--work DIR] [--jobs N] [--only STEP ...]
+
+Steps: build (cross-compile without CUDA, make the bundle, check its files), image (the recipe with buildah, on a
+Debian 12 base for arm64 in place of NVIDIA's), and inside that image, under qemu: doctor, decode (the demo model),
+exact (cache against no cache, logits by memcmp), trace (the OLMoE trace's counters against the simulator), bench (JSONL
+rows).
+
+Needs root and g++-aarch64-linux-gnu, qemu-user-static, binfmt-support, buildah, mmdebstrap; what is missing is said,
+and the exit status is then 77, as test harnesses take it. Nothing outside --work is written, but for the cache folder
+and ccache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from remoe_edge.files import cache_dir
+from remoe_edge.jetson.check import artefacts, check
+from remoe_edge.jetson.pins import jetpack
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = "bookworm"
+ARCHIVE = "http://deb.debian.org/debian"
+PYTHON = "3.11"
+TAG = "localhost/remoe-edge:check"
+TOOLS = {
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+    "qemu-aarch64-static": "qemu-user-static",
+    "buildah": "buildah",
+    "mmdebstrap": "mmdebstrap",
+}
+# Pure Python, so they run on the image's Python; there is no need for them in the image.
+TEST_PACKAGES = ("pytest", "_pytest", "py.py", "pluggy", "iniconfig", "packaging", "pytest_timeout.py")
+SKIPPED = 77
+
+
+def missing() -> str | None:
+    packages = [package for program, package in TOOLS.items() if shutil.which(program) is None]
+    if packages:
+        return f"apt packages are missing: {' '.join(packages)}"
+    if os.geteuid() != 0:
+        return "making and running an arm64 image needs root"
+    if not Path("/proc/sys/fs/binfmt_misc/qemu-aarch64").exists():
+        return (
+            "aarch64 programs do not run here: mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc && "
+            "update-binfmts --enable qemu-aarch64"
+        )
+    return None
+
+
+def run(command: list[str], **environment: str) -> str:
+    result = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+    if result.returncode != 0:
+        sys.stdout.write(result.stdout)
+        sys.exit(f"failed ({result.returncode}): {' '.join(command)}")
+    return result.stdout
+
+
+class Check:
+    def __init__(self, work: Path, jobs: int | None) -> None:
+        self.work = work
+        self.jobs = ["--jobs", str(jobs)] if jobs else []
+        self.bundle = work / "bundle.tar.gz"
+        storage = work / "storage.conf"
+        storage.write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{work}/images/root"\nrunroot = "{work}/images/run"\n'
+        )
+        self.environment = {"CONTAINERS_STORAGE_CONF": str(storage)}
+
+    def buildah(self, *arguments: str) -> str:
+        return run(["buildah", *arguments], **self.environment)
+
+    def remoe(self, *arguments: str) -> str:
+        return run([sys.executable, "-m", "remoe_edge", *arguments], **self.environment)
+
+    def build(self) -> str:
+        options = ["--target", "jetson", "--no-cuda", "--python", PYTHON, "-o", str(self.bundle), "--force"]
+        made = json.loads(self.remoe("build", *options, *self.jobs, "--json"))
+        found = artefacts(cache_dir() / "runtime" / made["runtime"])
+        problems = [problem for name in ("6", "7") for problem in check(found, jetpack(name))]
+        if problems:
+            sys.exit("\n".join(problems))
+        return f"{made['bytes'] / 1e6:.1f} MB; {len(found)} files will load on Ubuntu 22.04 and 24.04"
+
+    def image(self) -> str:
+        bases = {}
+        for architecture in ("amd64", "arm64"):
+            bases[architecture] = f"localhost/debian-{architecture}:{SUITE}"
+            if bases[architecture] not in self.buildah("images", "--format", "{{.Name}}:{{.Tag}}"):
+                self.base(architecture, bases[architecture])
+        made = json.loads(
+            self.remoe(
+                *("image", "build", "--jetpack", "7", "--engine", "buildah", "-t", TAG, "--no-cuda", "--json"),
+                *("--python", PYTHON, "--tarball", str(self.bundle)),
+                *("--build-image", bases["amd64"], "--runtime-image", bases["arm64"]),
+                *("--sbom", str(self.work / "sbom.cdx.json"), "--force"),
+            )
+        )
+        return f"{made['bytes'] / 1e6:.0f} MB, {made['components']} components in the SBOM"
+
+    def base(self, architecture: str, tag: str) -> None:
+        folder = self.work / f"base-{architecture}"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "root.tar").exists():
+            options = ["--variant=minbase", f"--arch={architecture}", "--mode=root"]
+            run(["mmdebstrap", *options, SUITE, str(folder / "part.tar"), ARCHIVE])
+            (folder / "part.tar").rename(folder / "root.tar")
+        (folder / "Dockerfile").write_text("FROM scratch\nADD root.tar /\n")
+        self.buildah("bud", "--isolation", "chroot", "--arch", architecture, "-t", tag, str(folder))
+
+    def inside(self, *command: str, volumes: tuple[str, ...] = (), environment: tuple[str, ...] = ()) -> str:
+        name = f"check-{os.getpid()}"
+        self.buildah("from", "--pull-never", "--name", name, TAG)
+        try:
+            mounts = [each for volume in volumes for each in ("-v", volume)]
+            variables = [each for variable in environment for each in ("--env", variable)]
+            return self.buildah("run", "--isolation", "chroot", *mounts, *variables, name, "--", *command)
+        finally:
+            self.buildah("rm", name)
+
+    def doctor(self) -> str:
+        # A virtual machine is not fit for benchmarks, which is what the exit status says.
+        script = "remoe-edge doctor --no-storage --json; true"
+        found = {each["topic"]: each for each in json.loads(self.inside("sh", "-c", script))["findings"]}
+        assert found["device"]["values"]["architecture"] == "aarch64", found["device"]
+        assert found["runtime"]["level"] == "ok", found["runtime"]
+        return str(found["runtime"]["found"])
+
+    def decode(self) -> str:
+        prompt = "Once upon a time"
+        text = self.inside("remoe-edge", "run", "demo", "-p", prompt, "-n", "16", "--expert-cache", "8s", "-t", "1")
+        assert len(text.split()) > 4, text
+        return repr(text.strip())
+
+    def pytest(self, *arguments: str) -> str:
+        packages = self.work / "test-packages"
+        shutil.rmtree(packages, ignore_errors=True)
+        packages.mkdir()
+        for name in TEST_PACKAGES:
+            spec = importlib.util.find_spec(name.removesuffix(".py"))
+            assert spec is not None
+            assert spec.origin is not None
+            if name.endswith(".py"):
+                shutil.copy2(spec.origin, packages)
+            else:
+                shutil.copytree(Path(spec.origin).parent, packages / name, ignore=shutil.ignore_patterns("__pycache__"))
+        tests = self.work / "tests"
+        shutil.rmtree(tests, ignore_errors=True)
+        shutil.copytree(ROOT / "tests", tests / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy2(ROOT / "pyproject.toml", tests)
+        site = "/opt/remoe-edge/site:/opt/test-packages"
+        options = (
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "pytest_timeout",
+            "-p",
+            "no:warnings",
+            "-o",
+            "filterwarnings=default",
+            "--timeout=1800",
+        )
+        output = self.inside(
+            *(f"python{PYTHON}", "-B", "-m", "pytest", *options, "-rs", *arguments),
+            volumes=(f"{packages}:/opt/test-packages:ro", f"{tests}:/opt/tests:ro"),
+            environment=(f"PYTHONPATH={site}", "REMOE_EDGE_RUNTIMES=/opt/remoe-edge/runtime"),
+        )
+        return output.strip().splitlines()[-1]
+
+    def exact(self) -> str:
+        return self.pytest("/opt/tests/tests/test_runtime_exact.py", "-k", "olmoe-Q4_0")
+
+    def trace(self) -> str:
+        return self.pytest("/opt/tests/tests/test_runtime_twin.py", "-k", "counters and lru-16 and direct")
+
+    def bench(self) -> str:
+        options = ("--budget", "8s", "--baseline", "resident", "-n", "8", "-r", "1", "-t", "1", "--cool-down", "0")
+        lines = self.inside("remoe-edge", "bench", "demo", "-p", "Once upon a time", *options).splitlines()
+        (self.work / "results.jsonl").write_text("\n".join(lines) + "\n")
+        rows = [json.loads(line) for line in lines]
+        cache, resident = rows
+        assert {cache["status"], resident["status"]} == {"ok"}, rows
+        assert cache["output_sha256"] == resident["output_sha256"], "the cache changed the output"
+        return f"{len(rows)} rows; TPOT {cache['tpot_ms']:.0f} ms (emulated), {cache['hit_rate']:.1%} hits"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = ("build", "image", "doctor", "decode", "exact", "trace", "bench")
+    parser.add_argument("--work", type=Path, default=cache_dir() / "check-jetson")
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--only", nargs="+", choices=steps, default=steps)
+    options = parser.parse_args()
+    if reason := missing():
+        print(f"skipped: {reason}")
+        return SKIPPED
+    options.work.mkdir(parents=True, exist_ok=True)
+    checks = Check(options.work.resolve(), options.jobs)
+    for name in steps:
+        if name in options.only:
+            step: Callable[[], str] = getattr(checks, name)
+            began = time.monotonic()
+            found = step()
+            print(f"{name}: {found} ({time.monotonic() - began:.0f} s)", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
