@@ -273,6 +273,8 @@ def _meta(array: Array, path: Path) -> dict[str, Any]:
         raise RemoeError(f"{path}: 'meta' is of type {array.dtype} and shape {array.shape}, expected one string")
     try:
         meta = json.loads(str(array))
+        # Half a character ("\\ud800") is JSON, but no text: nothing that holds it can be written.
+        json.dumps(meta, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RemoeError(f"{path}: 'meta' is not JSON: {error}") from error
     if not isinstance(meta, dict):
@@ -303,6 +305,9 @@ def _check(trace: Trace) -> None:
     for key, actual in (("layers", ids.shape[1]), ("top_k", ids.shape[2])):
         if trace.meta.get(key, actual) != actual:
             raise RemoeError(f"{where}: '{key}' in 'meta' is {trace.meta[key]!r}, but 'ids' has {actual}")
+    first = trace.meta.get("first_token")
+    if first is not None and (type(first) is not int or not 0 <= first < 1 << 32):
+        raise RemoeError(f"{where}: 'first_token' in 'meta' is {first!r}, expected a number from 0 to 2^32 - 1")
     if trace.probs is not None and (trace.probs.dtype.kind != "f" or trace.probs.shape != ids.shape):
         raise RemoeError(
             f"{where}: 'probs' is {trace.probs.dtype} of shape {trace.probs.shape}, expected floats {ids.shape}"

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from remoe_edge.errors import RemoeError
+from remoe_edge.gguf_io.runnable import check_runnable
 
 Logits = npt.NDArray[np.float32]
 
@@ -563,11 +564,13 @@ def load_model(
     verbose
         Show llama.cpp's log on stderr.
 
-    Raises RemoeError if the runtime is missing or the model cannot be loaded, with llama.cpp's reason.
+    Raises RemoeError if the runtime is missing, for what `check_runnable` refuses, or if the model cannot be loaded,
+    with llama.cpp's reason.
     """
     llama = _llama()
     if not path.exists():
         raise RemoeError(f"{path}: no such file")
+    check_runnable(path)
     parameters = llama.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE
