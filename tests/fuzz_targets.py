@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import gguf_maker as make
 import numpy as np
@@ -27,6 +28,7 @@ from remoe_edge.gguf_io.layout import read_layout, read_model
 from remoe_edge.gguf_io.router import INDEX_NAME, read_router
 from remoe_edge.gguf_io.runnable import check_runnable
 from remoe_edge.measure.storage import expert_slices
+from remoe_edge.routing import twin as twin_module
 from remoe_edge.routing.trace import excerpt, load_trace, reuse_rate, save_trace
 from remoe_edge.routing.twin import QUANTS, plan_twin, write_twin
 from remoe_edge.runtime.budget import cache_bytes, expert_groups
@@ -209,7 +211,9 @@ def _member_seeds() -> list[bytes]:
 
 def _twin(content: bytes) -> None:
     """A twin of whatever trace can be read; the first byte chooses its kind."""
-    with _file("trace.npz", _members(content[1:])) as path, suppress(RemoeError):
+    # Less random data, which takes most of the time and is not the subject.
+    small = patch.object(twin_module, "_POOL_BYTES", 1 << 15)
+    with _file("trace.npz", _members(content[1:])) as path, small, suppress(RemoeError):
         trace = load_trace(path)
         choice = content[0]
         twin = plan_twin(

@@ -69,7 +69,7 @@ def check_shape(layouts: Sequence[Layout]) -> None:
     used = layout.integers(key, 1) or []
     for value in used or [0]:
         if not 0 <= value <= experts:
-            raise _wrong(layout, key, value, 1, experts)
+            raise _wrong(layout, key, value, min(1, experts), experts)
     if experts and not any(used):
         raise _wrong(layout, key, 0 if used else None, 1, experts)
     groups = limited("expert_group_count", 0, max(0, experts - 1)) or 0

@@ -272,7 +272,9 @@ def _meta(array: Array, path: Path) -> dict[str, Any]:
     if array.dtype.kind != "U" or array.shape != ():
         raise RemoeError(f"{path}: 'meta' is of type {array.dtype} and shape {array.shape}, expected one string")
     try:
-        meta = json.loads(str(array))
+        # Not str(array): numpy makes strings of numbers that are no characters, on which the interpreter fails.
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        meta = json.loads(little.tobytes().decode("utf-32-le").rstrip("\0"))
         # Half a character ("\\ud800") is JSON, but no text: nothing that holds it can be written.
         json.dumps(meta, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
