@@ -93,6 +93,11 @@ def take_apart(path: Path) -> Parts:
     )
 
 
+def _double_token_with_nul(parts: Parts) -> None:
+    words = [make.text(f"same\0{i}") for i in range(2)] + [make.text(f"t{i}") for i in range(321)]
+    parts.fields["tokenizer.ggml.tokens"] = make.array_field("tokenizer.ggml.tokens", STRING, 323, b"".join(words))
+
+
 @dataclass(frozen=True)
 class Case:
     """A fault. `message`, a regular expression, is what our readers say of it; None where it is nothing to a reader
@@ -264,10 +269,19 @@ CASES = {
     ),
     "expert_groups_do_not_divide": Case(_u32(f"{ARCH}.expert_group_count", 3), None, "expert_group_count' is 3"),
     "expert_groups_are_too_many": Case(_u32(f"{ARCH}.expert_group_count", 8), None, "expert_group_count' is 8"),
+    "epsilon_is_negative": Case(
+        _field(f"{ARCH}.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", -1)), None, "rms_epsilon' is -1.0"
+    ),
+    "epsilon_is_nan": Case(
+        _field(f"{ARCH}.attention.layer_norm_rms_epsilon", F32, b"\xff" * 4), None, "rms_epsilon' is nan"
+    ),
     "rope_scaling_is_unknown": Case(
         _field(f"{ARCH}.rope.scaling.type", STRING, make.text("x")), None, "rope.scaling.type' is 'x'"
     ),
     "token_is_twice": Case(_double_token, None, "token 'same' .* twice"),
+    "token_is_twice_before_nul": Case(_double_token_with_nul, None, "token 'same' .* twice"),
+    # Sizes that contradict each other are found while a graph is built, in the code of one architecture: see load_model.
+    "rope_is_wider_than_heads": Case(_u32(f"{ARCH}.rope.dimension_count", 2), None, "llama.cpp cannot go on.*n_rot"),
     "token_types_are_too_few": Case(_array("tokenizer.ggml.token_type", I32, 1, bytes(4)), None, "token"),
     # Arrays with elements of one byte were read as if they had four.
     "token_types_are_bytes": Case(_array("tokenizer.ggml.token_type", U8, 323, bytes(323)), None, "token_type"),

@@ -7,6 +7,7 @@ null where the model ran. ``--unchecked`` leaves out what remoe-edge checks befo
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import remoe_edge.runtime.llama as runtime
@@ -23,23 +24,19 @@ def attempt(path: Path) -> str | None:
 
 
 def in_child(path: Path) -> dict[str, object]:
-    readable, writable = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(readable)
-        # What llama.cpp says as it aborts goes elsewhere; this is the answer.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        with os.fdopen(writable, "w") as answer:
-            json.dump(attempt(path), answer)
-        os._exit(0)
-    os.close(writable)
-    with os.fdopen(readable) as answer:
-        said = answer.read()
-    _, status = os.waitpid(child, 0)
-    return {
-        "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-        "error": json.loads(said) if said else "",
-    }
+    with tempfile.TemporaryFile() as answer:
+        child = os.fork()
+        if child == 0:
+            # As the command line does it.
+            os.dup2(answer.fileno(), 2)
+            said = attempt(path)
+            if said is not None:
+                os.write(2, f"Error: {said}".encode(errors="replace"))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        answer.seek(0)
+        text = answer.read().decode(errors="replace").partition("Error: ")[2].strip()
+    return {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None, "error": text or None}
 
 
 def main() -> None:

@@ -154,6 +154,18 @@ def test_refuses_two_arrays_of_one_name(tmp_path: Path) -> None:
         load_trace(path)
 
 
+def test_refuses_an_array_before_the_start(tmp_path: Path) -> None:
+    path = npz(tmp_path / "t.npz")
+    content = bytearray(path.read_bytes())
+    # The directory's size is 12 bytes, its offset 16 bytes into the last record of 22; what is missing in front of the
+    # directory is taken from every offset in it.
+    size = int.from_bytes(content[-10:-6], "little")
+    content[-6:-2] = (len(content) - 22 - size + 1000).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(RemoeError, match=r"t\.npz: (is damaged: .* before the start|not a readable)"):
+        load_trace(path)
+
+
 @given(data=st.data())
 def test_damaged_files_load_or_are_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = npz(tmp_path_factory.mktemp("trace") / "t.npz")

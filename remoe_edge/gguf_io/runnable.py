@@ -6,6 +6,7 @@ llama-vocab.cpp), which takes a server, or a program that uses the Python API, w
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Sequence
@@ -81,6 +82,10 @@ def check_shape(layouts: Sequence[Layout]) -> None:
             )
         if limited("expert_group_used_count", 1, groups - 1) is None:
             raise _wrong(layout, f"{architecture}.expert_group_used_count", None, 1, groups - 1)
+    for name in "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon":
+        field = layout.fields.get(f"{architecture}.{name}")
+        if field and type(field.value) is float and not 0 <= field.value < math.inf:
+            raise RemoeError(f"{layout.path}: key '{field.key}' is {field.value}, expected a number from 0")
     scaling = layout.text(f"{architecture}.rope.scaling.type")
     if scaling is not None and scaling not in _ROPE_SCALINGS:
         raise RemoeError(

@@ -222,6 +222,9 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
             raise RemoeError(f"{path}: has no '{name}'; a routing trace holds ids, offs and meta")
     if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members.values()):
         raise RemoeError(f"{path}: is compressed in a way that .npz files are not")
+    # Python 3.12 looks at this itself.
+    if any(info.header_offset < 0 for info in members.values()):
+        raise RemoeError(f"{path}: is damaged: its directory places an array before the start of the file")
     # What the archive declares is what zipfile hands out at most, so this bounds memory before anything is unpacked.
     total = sum(info.file_size for info in members.values())
     if total > MAX_TRACE_BYTES:
