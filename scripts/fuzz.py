@@ -100,7 +100,7 @@ def _in_atheris(name: str, arguments: list[str]) -> None:
 
 
 def _keep(name: str) -> None:
-    """Write the inputs that reach lines of remoe_edge, or outcomes, that smaller ones do not."""
+    """Write the inputs that reach lines of remoe_edge that smaller ones do not, and all on which a target ever failed."""
     import fuzz_targets
 
     target = fuzz_targets.TARGETS[name]
@@ -114,10 +114,16 @@ def _keep(name: str) -> None:
         if new:
             seen |= new
             kept.append(content)
-    fuzz_targets.CORPORA.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(fuzz_targets.CORPORA / f"{name}.zip", "w") as archive:
-        for index, content in enumerate(kept):
-            member = zipfile.ZipInfo(f"{index:03d}")
+    path = fuzz_targets.CORPORA / f"{name}.zip"
+    members = {file.name: file.read_bytes() for file in (FOLDER / name / "found").iterdir()}
+    if path.exists():
+        with zipfile.ZipFile(path) as archive:
+            members |= {each: archive.read(each) for each in archive.namelist() if each.startswith("crash-")}
+    members |= {f"{index:03d}": content for index, content in enumerate(kept)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for each, content in sorted(members.items()):
+            member = zipfile.ZipInfo(each)
             member.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(member, content)
     click.echo(f"{name}: {len(kept)} inputs kept of {len(files)}")
