@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import write_tiny_model
 
 from remoe_edge.cli import cli
 from remoe_edge.device import doctor
@@ -30,6 +31,7 @@ from remoe_edge.measure.plan import make_plan
 from remoe_edge.measure.storage import expert_slices
 from remoe_edge.runtime.budget import cache_bytes, expert_groups
 from remoe_edge.runtime.footprint import footprint
+from remoe_edge.runtime.llama import load_model
 from remoe_edge.serve.plan import _Model
 
 HEADER_CASES = [name for name, case in hostile.CASES.items() if case.message is not None]
@@ -247,3 +249,23 @@ def test_the_loader_alone_breaks_no_memory(folder: Path) -> None:
     gone = {name for name, outcome in found.items() if "llama.cpp cannot go on" in str(outcome["error"])}
     assert "block_count_is_0" in gone
     assert not gone & set(HEADER_CASES)
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "cycler.__init__.__globals__.os.popen('touch FILE').read()",
+        "''.__class__.__mro__[1].__subclasses__()",
+        "messages.append.__self__.__class__.__init__.__globals__",
+        "lipsum.__globals__['os'].system('touch FILE')",
+    ],
+)
+def test_a_chat_template_runs_no_code(attempt: str, tmp_path: Path) -> None:
+    """CVE-2024-34359: llama-cpp-python rendered the templates of models outside Jinja's sandbox."""
+    touched = tmp_path / "touched"
+    template = "{{ " + attempt.replace("FILE", str(touched)) + " }}"
+    path = write_tiny_model(tmp_path / "t.gguf", hostile.ARCH, hidden=64, ff=32, chat_template=template)
+    with load_model(path) as model, pytest.raises(RemoeError, match="template"):
+        model.chat_prompt("hello")
+    assert not touched.exists()
