@@ -100,7 +100,7 @@ def _in_atheris(name: str, arguments: list[str]) -> None:
 
 
 def _keep(name: str) -> None:
-    """Write the inputs that reach lines of remoe_edge that smaller ones do not, and all on which a target ever failed."""
+    """Write the inputs that reach lines that smaller ones do not, and all on which the target ever failed."""
     import fuzz_targets
 
     target = fuzz_targets.TARGETS[name]
@@ -275,7 +275,9 @@ def _add_field(parts: Any, rng: random.Random) -> None:
         renamed = {}
         for key, field in parts.fields.items():
             name = key.replace(hostile.ARCH, other, 1)
-            renamed[name] = field.replace(struct.pack("<Q", len(key)) + key.encode(), struct.pack("<Q", len(name)) + name.encode(), 1)
+            renamed[name] = field.replace(
+                struct.pack("<Q", len(key)) + key.encode(), struct.pack("<Q", len(name)) + name.encode(), 1
+            )
         value = other.encode()
         renamed["general.architecture"] = (
             struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<IQ", 8, len(value)) + value

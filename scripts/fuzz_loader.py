@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import click
 
@@ -71,7 +71,11 @@ def seed(path: Path) -> bytes:
         data += content + b"\0" * (-len(content) % 32)
     parts.data = data
     texts = b"".join(make.text(f"t{index}") for index in range(words))
-    for key, kind, payload in (("tokens", 8, texts), ("scores", 6, bytes(4 * words)), ("token_type", 5, b"\1\0\0\0" * words)):
+    for key, kind, payload in (
+        ("tokens", 8, texts),
+        ("scores", 6, bytes(4 * words)),
+        ("token_type", 5, b"\1\0\0\0" * words),
+    ):
         parts.fields[f"tokenizer.ggml.{key}"] = make.array_field(f"tokenizer.ggml.{key}", kind, words, payload)
     parts.fields[f"{hostile.ARCH}.vocab_size"] = make.u32_field(f"{hostile.ARCH}.vocab_size", words)
     return parts.encode()
@@ -80,9 +84,11 @@ def seed(path: Path) -> bytes:
 def _build(folder: Path, jobs: int, clang: str) -> Path:
     source, out, program = folder / "source", folder / "out", folder / "fuzz-loader"
     if not source.exists():
-        source.mkdir(parents=True)
-        unpack(fetch_sdist(load_pin(patches_dir())), source)
-        apply_patches(patches_dir(), source / "vendor/llama.cpp")
+        partial = folder / "partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        unpack(fetch_sdist(load_pin(patches_dir())), partial, only=[PurePath("vendor/llama.cpp")])
+        apply_patches(patches_dir(), partial / "vendor/llama.cpp")
+        partial.rename(source)
     cxx = re.sub(r"clang(?!.*clang)", "clang++", clang)
     if not (out / "build.ninja").exists():
         defines = [f"-D{name}={value}" for name, value in OPTIONS.items()]
@@ -90,10 +96,32 @@ def _build(folder: Path, jobs: int, clang: str) -> Path:
         _run("cmake", "-G", "Ninja", "-S", source / "vendor/llama.cpp", "-B", out, *defines, *compilers)
     _run("ninja", "-C", out, f"-j{jobs}", "llama")
     tree = source / "vendor/llama.cpp"
-    libraries = [*out.rglob("libllama.a"), *(p for n in ("ggml", "ggml-cpu", "ggml-base") for p in out.rglob(f"lib{n}.a"))]
-    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,fuzzer", f"-I{tree / 'include'}", f"-I{tree / 'ggml/include'}"]
+    libraries = [
+        *out.rglob("libllama.a"),
+        *(p for n in ("ggml", "ggml-cpu", "ggml-base") for p in out.rglob(f"lib{n}.a")),
+    ]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-fsanitize=address,fuzzer",
+        f"-I{tree / 'include'}",
+        f"-I{tree / 'ggml/include'}",
+    ]
     target = ROOT / "tests/fuzz_loader.cpp"
-    _run(cxx, *flags, target, "-Wl,--start-group", *libraries, "-Wl,--end-group", "-lpthread", "-ldl", "-lm", "-o", program)
+    _run(
+        cxx,
+        *flags,
+        target,
+        "-Wl,--start-group",
+        *libraries,
+        "-Wl,--end-group",
+        "-lpthread",
+        "-ldl",
+        "-lm",
+        "-o",
+        program,
+    )
     return program
 
 

@@ -206,7 +206,10 @@ def _member_seeds() -> list[bytes]:
             files.append(file.getvalue())
         return _APART.join(files)
 
-    return [encoded(_arrays()), encoded([*_arrays(licence="MIT", source="s", phase="decode"), np.zeros((3, 2, 2), "f4")])]
+    return [
+        encoded(_arrays()),
+        encoded([*_arrays(licence="MIT", source="s", phase="decode"), np.zeros((3, 2, 2), "f4")]),
+    ]
 
 
 def _twin(content: bytes) -> None:
@@ -248,14 +251,40 @@ TARGETS = {
     "router": Target(
         _router,
         _router_seeds,
-        ('"dtype"', '"shape"', '"data_offsets"', "F32", "F16", "BF16", "I64", ".mlp.gate.weight", "model.layers.0", "[]"),
+        (
+            '"dtype"',
+            '"shape"',
+            '"data_offsets"',
+            "F32",
+            "F16",
+            "BF16",
+            "I64",
+            ".mlp.gate.weight",
+            "model.layers.0",
+            "[]",
+        ),
     ),
     "index": Target(_index, _index_seeds, ('"weight_map"', "model.safetensors", "..", "/", "{}", "\\ud800", ".weight")),
-    "trace": Target(_trace, _trace_seeds, ("PK\x03\x04", "PK\x01\x02", "PK\x05\x06", "ids.npy", "offs.npy", "meta.npy")),
+    "trace": Target(
+        _trace, _trace_seeds, ("PK\x03\x04", "PK\x01\x02", "PK\x05\x06", "ids.npy", "offs.npy", "meta.npy")
+    ),
     "trace-members": Target(
         _trace_members,
         _member_seeds,
-        (_APART, b"\x93NUMPY", "'descr'", "'fortran_order'", "True", "'shape'", "|O", "<U9", ">u2", "<i8", "<f2", "|u1"),
+        (
+            _APART,
+            b"\x93NUMPY",
+            "'descr'",
+            "'fortran_order'",
+            "True",
+            "'shape'",
+            "|O",
+            "<U9",
+            ">u2",
+            "<i8",
+            "<f2",
+            "|u1",
+        ),
     ),
     "twin": Target(
         _twin, _twin_seeds, (_APART, b"\x93NUMPY", '"experts"', '"first_token"', '"model"', "\\ud800", "null", "-1")

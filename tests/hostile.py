@@ -1,7 +1,7 @@
 """Hostile GGUFs: one small model that loads and runs, and one fault in it for each class that was published.
 
-The classes are those of the advisories named beside the cases. llama.cpp is fixed against most of them; a reader of ours
-must not bring them back, and what llama.cpp still ends the process on must be refused before it gets the file.
+The classes are those of the advisories named beside the cases. llama.cpp is fixed against most of them; a reader of
+ours must not bring them back, and what llama.cpp still ends the process on must be refused before it gets the file.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class Entry:
 
     def encode(self) -> bytes:
         count = len(self.shape) if self.dimensions is None else self.dimensions
-        return make.text(self.name) + struct.pack(
-            f"<I{len(self.shape)}QIQ", count, *self.shape, self.type, self.offset
-        )
+        return make.text(self.name) + struct.pack(f"<I{len(self.shape)}QIQ", count, *self.shape, self.type, self.offset)
 
 
 @dataclass
@@ -168,7 +166,7 @@ def _double_token(parts: Parts) -> None:
 
 CASES = {
     # CVE-2024-21802: heap overflow through info->ne; CVE-2026-33298: ggml_nbytes wraps.
-    "dims_product_wraps_to_zero": Case(_tensor(UP, shape=(2**32, 2**31, 2)), r"has shape \[4294967296, 2147483648, 2\]"),
+    "dims_product_wraps_to_zero": Case(_tensor(UP, shape=(2**32, 2**31, 2)), r"has shape \[4294967296, 2147"),
     "dims_product_is_negative": Case(_tensor(UP, shape=(2**62, 2, 1)), "expected 1 to 2.63 - 1 elements"),
     "dims_bytes_wrap": Case(_tensor(UP, type=0, shape=(2**61, 2, 1)), "takes bytes .* but the file has"),
     "dim_is_negative": Case(_tensor(UP, shape=(64, _U64_MAX, 8)), "has shape .*18446744073709551615"),
@@ -197,7 +195,7 @@ CASES = {
     "key_count_is_negative": Case(_set(n_fields=_U64_MAX), "metadata count is 18446744073709551615"),
     # CVE-2024-23496: gguf_fread_str, length + 1 wraps. CVE-2024-21825: count times size of an array wraps.
     "string_length_wraps": Case(_field("general.name", STRING, struct.pack("<Q", _U64_MAX)), "string needs 184467"),
-    "string_length_is_huge": Case(_field("general.name", STRING, struct.pack("<Q", 2**40)), "string needs 1099511627776"),
+    "string_length_is_huge": Case(_field("general.name", STRING, struct.pack("<Q", 2**40)), "string needs 10995116"),
     "key_length_wraps": Case(
         lambda parts: parts.fields.update({"x": struct.pack("<Q", _U64_MAX) + b"x" + struct.pack("<II", U32, 1)}),
         "length of metadata key .* is 18446744073709551615",
@@ -240,7 +238,7 @@ CASES = {
     "magic_is_wrong": Case(_set(magic=b"GGJT"), "not a GGUF file"),
     "file_ends_in_header": Case(_set(cut=400), "ends after|needs .* bytes"),
     "file_is_empty": Case(_set(cut=0), "found only 0 bytes"),
-    # What a model says of itself. llama.cpp aborts on most of these (GGML_ASSERT in llama-model.cpp and llama-vocab.cpp).
+    # What a model says of itself. llama.cpp aborts on most of these (GGML_ASSERT).
     "architecture_is_a_number": Case(_u32("general.architecture", 1), None, "general.architecture.* is of type UINT32"),
     "architecture_is_missing": Case(_without("general.architecture"), None, "has no key 'general.architecture'"),
     "block_count_is_0": Case(_u32(f"{ARCH}.block_count", 0), None, "block_count' is 0"),
@@ -280,7 +278,7 @@ CASES = {
     ),
     "token_is_twice": Case(_double_token, None, "token 'same' .* twice"),
     "token_is_twice_before_nul": Case(_double_token_with_nul, None, "token 'same' .* twice"),
-    # Sizes that contradict each other are found while a graph is built, in the code of one architecture: see load_model.
+    # Sizes that contradict each other: found while a graph is built, in the code of one architecture.
     "rope_is_wider_than_heads": Case(_u32(f"{ARCH}.rope.dimension_count", 2), None, "llama.cpp cannot go on.*n_rot"),
     "token_types_are_too_few": Case(_array("tokenizer.ggml.token_type", I32, 1, bytes(4)), None, "token"),
     # Arrays with elements of one byte were read as if they had four.

@@ -16,7 +16,9 @@ from remoe_edge.errors import RemoeError
 
 def attempt(path: Path) -> str | None:
     try:
-        with runtime.open_model(path, runtime.CacheConfig("2s"), n_ctx=64, n_batch=8, n_ubatch=8, n_threads=1) as session:
+        with runtime.open_model(
+            path, runtime.CacheConfig("2s"), n_ctx=64, n_batch=8, n_ubatch=8, n_threads=1
+        ) as session:
             session.decode([5, 6, 7])
     except RemoeError as error:
         return str(error)

@@ -43,7 +43,9 @@ READERS: dict[str, Callable[[Path], object]] = {
     "has_experts": has_experts,
     "check_runnable": check_runnable,
     "convert --align": lambda path: convert(path, None, path.with_name("out.gguf"), alignment=4096, force=True),
-    "convert ROUTER": lambda path: plan_conversion(path, path.with_name("router.safetensors"), path.with_name("o.gguf")),
+    "convert ROUTER": lambda path: plan_conversion(
+        path, path.with_name("router.safetensors"), path.with_name("o.gguf")
+    ),
     "convert --diff": lambda path: diff(path, path),
     "bench (fingerprint)": lambda path: fingerprint(read_model(path)),
     "bench matrix": model_sizes,
@@ -55,6 +57,14 @@ READERS: dict[str, Callable[[Path], object]] = {
     "doctor": lambda path: list(doctor._memory(doctor.Options(model=path), doctor.identity(Path("/")))),
     "eval": lambda path: open_ggufs({"base": path}).__enter__(),
 }
+
+
+def refusal_of(read: Callable[[Path], object], path: Path) -> str | None:
+    try:
+        read(path)
+    except RemoeError as error:
+        return str(error)
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +106,8 @@ def test_no_reader_fails_on_what_a_model_says_of_itself(
         # A simulation that takes seconds, and what is the subject below.
         if reader in ("plan", "eval"):
             continue
-        try:
-            read(path)
-        except RemoeError as refusal:
-            assert str(path) in str(refusal), reader
+        refused = refusal_of(read, path)
+        assert refused is None or str(path) in refused, reader
 
 
 # Of these llama.cpp itself gives a reason.
@@ -133,7 +141,9 @@ def test_the_sound_model_is_runnable(tmp_path: Path) -> None:
 
 
 def test_a_message_does_not_steer_the_terminal(tmp_path: Path, sound: hostile.Parts) -> None:
-    change = hostile.Case(hostile._field("general.architecture", hostile.STRING, make.text("\x1b]0;owned\x07\x1b[2J")), None)
+    change = hostile.Case(
+        hostile._field("general.architecture", hostile.STRING, make.text("\x1b]0;owned\x07\x1b[2J")), None
+    )
     path = hostile.write_case(tmp_path / "escape.gguf", sound, change)
     done = subprocess.run(
         [sys.executable, "-m", "remoe_edge", "plan", str(path), "--memory", "4GiB"], capture_output=True, timeout=60

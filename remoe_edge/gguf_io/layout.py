@@ -155,7 +155,7 @@ class Layout:
     def integers(self, key: str, count: int) -> list[int] | None:
         """`count` values, one per block, of a field that holds one for all of them or an array; None if there is none.
 
-        Raises RemoeError if it holds no integers, or fewer, or if `count`, which may come from a name, is no such number.
+        Raises RemoeError if it holds no integers, or fewer, or if `count`, which a tensor's name can give, is huge.
         """
         if count > MAX_ENTRIES:
             raise RemoeError(f"{self.path}: has a tensor of block {count - 1}, expected at most {MAX_ENTRIES - 1}")

@@ -65,7 +65,7 @@ def expert_slices(layouts: Sequence[Layout]) -> list[Slice]:
         for tensor in layout.tensors.values():
             if tensor.experts > MAX_EXPERTS:
                 raise RemoeError(
-                    f"{layout.path}: tensor '{tensor.name}' has {tensor.experts} experts, expected at most {MAX_EXPERTS}"
+                    f"{layout.path}: tensor '{tensor.name}' has {tensor.experts} experts, more than {MAX_EXPERTS}"
                 )
     return [
         Slice(layout.path, tensor.start + index * tensor.slice_bytes, tensor.slice_bytes)

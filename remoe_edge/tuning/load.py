@@ -22,9 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a folder or hub id. Raises RemoeError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(
-            model, local_files_only=Path(model).is_dir(), trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir(), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RemoeError(f"{model}: has no tokenizer that can be loaded: {_first_line(error)}") from error
 
