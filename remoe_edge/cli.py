@@ -65,6 +65,11 @@ def main() -> NoReturn:
     sys.exit(_run())
 
 
+def _printable(message: str) -> str:
+    """A message whose parts come from files of strangers: what would steer the terminal is written as an escape."""
+    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in message)
+
+
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     # An exception, so that half-written files are removed and locks released.
     raise SystemExit(128 + signal.SIGTERM)
@@ -82,7 +87,7 @@ def _run() -> int:
         return 128 + signal.SIGINT
     except (RemoeError, OSError) as error:
         if not isinstance(error, BrokenPipeError):
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {_printable(str(error))}", err=True)
         try:
             sys.stdout.flush()
         except OSError:

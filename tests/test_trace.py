@@ -102,6 +102,11 @@ def test_big_endian_ids_are_read(tmp_path: Path) -> None:
         ({"offs": np.array([0, 2**64 - 1, 5], "u8")}, "does not rise from 0"),
         ({"meta": np.array("not json")}, "is not JSON"),
         ({"meta": np.array("[" * 100_000)}, "is not JSON"),
+        # As a string of Python's the first of these ends in a SystemError.
+        ({"meta": np.frombuffer(b"\xff" * 8, "<U2").reshape(())}, "is not JSON"),
+        ({"meta": np.array('{"experts": 8, "model": "\\ud800"}')}, "is not JSON"),
+        ({"meta": np.array('{"experts": 8, "first_token": "x"}')}, "'first_token' in 'meta' is 'x'"),
+        ({"meta": np.array('{"experts": 8, "first_token": -1}')}, "'first_token' in 'meta' is -1"),
         ({"meta": np.array("[]")}, "is not a JSON object"),
         ({"meta": np.array(b"{}")}, "expected one string"),
         ({"meta": np.array(["{}"])}, "expected one string"),

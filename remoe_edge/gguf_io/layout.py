@@ -108,7 +108,7 @@ class Tensor:
     @property
     def experts(self) -> int:
         """Slices, one per expert and one after the other, that the cache reads; 0 for a tensor that is not experts'."""
-        return self.shape[-1] if _EXPERT_TENSOR.fullmatch(self.name) else 0
+        return self.shape[2] if len(self.shape) == 3 and _EXPERT_TENSOR.fullmatch(self.name) else 0
 
     @property
     def slice_bytes(self) -> int:
@@ -155,8 +155,10 @@ class Layout:
     def integers(self, key: str, count: int) -> list[int] | None:
         """`count` values, one per block, of a field that holds one for all of them or an array; None if there is none.
 
-        Raises RemoeError if it holds no integers, or fewer.
+        Raises RemoeError if it holds no integers, or fewer, or if `count`, which a tensor's name can give, is huge.
         """
+        if count > MAX_ENTRIES:
+            raise RemoeError(f"{self.path}: has a tensor of block {count - 1}, expected at most {MAX_ENTRIES - 1}")
         field = self.fields.get(key)
         if field is None or field.type != GGUFValueType.ARRAY:
             single = self.integer(key)

@@ -176,7 +176,7 @@ def read_index(path: Path) -> dict[Path, list[str]]:
     files: dict[Path, list[str]] = {}
     for key, name in weight_map.items():
         # A name from a stranger's file must not lead out of the folder.
-        if not isinstance(name, str) or PurePath(name).name != name:
+        if not isinstance(name, str) or PurePath(name).name != name or name in ("", ".."):
             raise RemoeError(f"{path}: places tensor {key!r} in {name!r}, which is not the name of a file beside it")
         files.setdefault(path.with_name(name), []).append(key)
     return files

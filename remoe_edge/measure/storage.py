@@ -16,6 +16,7 @@ from pathlib import Path
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import Layout
+from remoe_edge.gguf_io.runnable import MAX_EXPERTS
 from remoe_edge.progress import Report, silent
 
 _ALIGNMENT = 4096
@@ -56,7 +57,16 @@ class Bandwidth:
 
 
 def expert_slices(layouts: Sequence[Layout]) -> list[Slice]:
-    """Every slice of every expert of a model, in file order; empty for a model without experts."""
+    """Every slice of every expert of a model, in file order; empty for a model without experts.
+
+    Raises RemoeError for a tensor with more experts than llama.cpp takes.
+    """
+    for layout in layouts:
+        for tensor in layout.tensors.values():
+            if tensor.experts > MAX_EXPERTS:
+                raise RemoeError(
+                    f"{layout.path}: tensor '{tensor.name}' has {tensor.experts} experts, more than {MAX_EXPERTS}"
+                )
     return [
         Slice(layout.path, tensor.start + index * tensor.slice_bytes, tensor.slice_bytes)
         for layout in layouts

@@ -275,7 +275,11 @@ def _meta(array: Array, path: Path) -> dict[str, Any]:
     if array.dtype.kind != "U" or array.shape != ():
         raise RemoeError(f"{path}: 'meta' is of type {array.dtype} and shape {array.shape}, expected one string")
     try:
-        meta = json.loads(str(array))
+        # Not str(array): numpy makes strings of numbers that are no characters, on which the interpreter fails.
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        meta = json.loads(little.tobytes().decode("utf-32-le").rstrip("\0"))
+        # Half a character ("\\ud800") is JSON, but no text: nothing that holds it can be written.
+        json.dumps(meta, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RemoeError(f"{path}: 'meta' is not JSON: {error}") from error
     if not isinstance(meta, dict):
@@ -306,6 +310,9 @@ def _check(trace: Trace) -> None:
     for key, actual in (("layers", ids.shape[1]), ("top_k", ids.shape[2])):
         if trace.meta.get(key, actual) != actual:
             raise RemoeError(f"{where}: '{key}' in 'meta' is {trace.meta[key]!r}, but 'ids' has {actual}")
+    first = trace.meta.get("first_token")
+    if first is not None and (type(first) is not int or not 0 <= first < 1 << 32):
+        raise RemoeError(f"{where}: 'first_token' in 'meta' is {first!r}, expected a number from 0 to 2^32 - 1")
     if trace.probs is not None and (trace.probs.dtype.kind != "f" or trace.probs.shape != ids.shape):
         raise RemoeError(
             f"{where}: 'probs' is {trace.probs.dtype} of shape {trace.probs.shape}, expected floats {ids.shape}"

@@ -12,6 +12,7 @@ from typing import Any
 from remoe_edge.demo_model import resolve
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import has_experts
+from remoe_edge.gguf_io.runnable import check_runnable
 from remoe_edge.runtime.llama import (
     CacheConfig,
     CacheInfo,
@@ -79,6 +80,10 @@ class Llama(llama_cpp.Llama):
         path = resolve(Path(model_path))
         if not path.exists():
             raise ModelLoadError(f"{path}: no such file")
+        try:
+            check_runnable(path)
+        except RemoeError as error:
+            raise ModelLoadError(str(error)) from error
         config = CacheConfig(
             str(expert_cache),
             expert_cache_policy,

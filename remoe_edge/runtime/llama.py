@@ -24,6 +24,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from remoe_edge.errors import RemoeError
+from remoe_edge.gguf_io.runnable import check_runnable
 
 Logits = npt.NDArray[np.float32]
 
@@ -218,6 +219,37 @@ class _Log:
 
 
 _log = _Log()
+
+
+class _Aborts:
+    """Where llama.cpp finds that it cannot go on it aborts; this makes it a sentence and exit status 1.
+
+    On some models whose metadata contradict each other it finds so while it builds a graph. Of those that are not
+    refused by `check_runnable` the process cannot be saved: the state of the library is lost.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._callback: Any = None
+
+    def install(self, library: Any, path: Path) -> None:
+        """From now on `path` is the model to name."""
+        self._path = path
+        if self._callback is None:
+            kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+            self._callback = kind(self._end)
+            library.ggml_set_abort_callback.argtypes = [kind]
+            library.ggml_set_abort_callback(self._callback)
+
+    def _end(self, message: bytes) -> None:
+        said = message.decode(errors="replace")
+        text = f"Error: {self._path}: llama.cpp cannot go on with this model: {said}\n"
+        os.write(2, text.encode(errors="replace"))
+        # Not sys.exit: this may be any of llama.cpp's threads.
+        os._exit(1)
+
+
+_aborts = _Aborts()
 
 
 class Model:
@@ -563,11 +595,14 @@ def load_model(
     verbose
         Show llama.cpp's log on stderr.
 
-    Raises RemoeError if the runtime is missing or the model cannot be loaded, with llama.cpp's reason.
+    Raises RemoeError if the runtime is missing, for what `check_runnable` refuses, or if the model cannot be loaded,
+    with llama.cpp's reason. Where llama.cpp aborts after that, the process ends with a sentence and status 1.
     """
     llama = _llama()
     if not path.exists():
         raise RemoeError(f"{path}: no such file")
+    check_runnable(path)
+    _aborts.install(llama._lib, path)
     parameters = llama.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE

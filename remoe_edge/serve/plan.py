@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.gguf_io.layout import Layout, read_model
+from remoe_edge.gguf_io.layout import Layout
+from remoe_edge.gguf_io.runnable import check_runnable
 from remoe_edge.measure.worker import process_memory
 from remoe_edge.runtime.build import Runtime
 from remoe_edge.runtime.llama import CacheConfig, default_threads, load_model
@@ -182,7 +183,7 @@ class Plan:
 
 def make_plan(options: Options, runtime: Runtime) -> Plan:
     """Decide. Raises RemoeError with the numbers if the memory cannot be enough, or the model cannot be read."""
-    layouts = read_model(options.model)
+    layouts = check_runnable(options.model)
     model = _Model(layouts)
     cache = options.cache or CacheConfig("auto" if model.experts else "off")
     if cache.enabled and not model.experts:

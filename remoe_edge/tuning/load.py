@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a folder or hub id. Raises RemoeError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir())
+        return AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir(), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RemoeError(f"{model}: has no tokenizer that can be loaded: {_first_line(error)}") from error
 
@@ -65,6 +65,9 @@ def load_model(
             dtype=chosen,
             device_map=placement,
             local_files_only=local,
+            # Neither code from the model's folder nor a pickle, which can hold some.
+            trust_remote_code=False,
+            use_safetensors=True,
             **_dequantise(model, config),
             # Loops over experts are slow in training; this form computes the same.
             experts_implementation="grouped_mm",
@@ -82,7 +85,7 @@ def load_model(
 
 def _config(model: str, local: bool) -> Any:
     try:
-        return AutoConfig.from_pretrained(model, local_files_only=local)
+        return AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise RemoeError(f"{model}: has no configuration that can be loaded: {_first_line(error)}") from error
 
