@@ -27,7 +27,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import atomic_output
+from remoe_edge.files import append_line, atomic_output, write_failure
 from remoe_edge.progress import Report, silent
 from remoe_edge.tuning.adapters import MoE, record
 from remoe_edge.tuning.data import Sequences
@@ -147,14 +147,17 @@ def tune(
     run = _Run(moe, train, held_out, config, accelerator, autocast, frozen)
     state = _State()
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_failure(folder, error) from error
         state = run.restore(folder)
     if not state.checks:
         state.checks.append(run.check(0))
         state.keep(run, config)
     with contextlib.ExitStack() as stack:
         logs = folder is not None and accelerator.is_main_process
-        log = stack.enter_context(open(folder / LOG, "a", encoding="utf-8")) if folder and logs else None
+        log = stack.enter_context(open(folder / LOG, "ab")) if folder and logs else None
         first = state.step
         while state.step < config.steps and state.stopped is None:
             row = run.step(state.step)
@@ -168,8 +171,7 @@ def tune(
                 row["held_out"] = asdict(state.checks[-1])
             if accelerator.is_main_process:
                 if log:
-                    log.write(json.dumps(row) + "\n")
-                    log.flush()
+                    append_line(log, row)
                 on_step(row)
                 if folder is not None and ("held_out" in row or state.step == config.steps):
                     run.save(folder, state)
