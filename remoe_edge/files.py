@@ -67,6 +67,15 @@ def write_failure(path: Path, error: OSError) -> RemoeError:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the system in this context become a RemoeError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failure(path, error) from error
+
+
+@contextmanager
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a temporary file next to ``path``; the caller fills it (opens it "wb"), and on success it becomes ``path``.
 
@@ -125,10 +134,8 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """
     parent = parent or Path(tempfile.gettempdir())
     _remove_leftovers(parent, prefix)
-    try:
+    with writing(parent):
         folder, lock = _create_locked(parent, prefix, folder=True)
-    except OSError as error:
-        raise write_failure(parent, error) from error
     try:
         yield folder
     finally:
@@ -143,13 +150,11 @@ def append_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
     """
     data = memoryview(json.dumps(content).encode() + b"\n")
     file.flush()
-    try:
+    with writing(Path(file.name)):
         # Past the file's buffer, which would try again when it is closed.
         while data:
             data = data[os.write(file.fileno(), data) :]
         os.fsync(file.fileno())
-    except OSError as error:
-        raise write_failure(Path(file.name), error) from error
 
 
 def _is_about_writing(error: OSError, temporary: Path | None) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import append_line, write_failure
+from remoe_edge.files import append_line, writing
 from remoe_edge.measure.arms import Turn
 from remoe_edge.measure.storage import Bandwidth
 from remoe_edge.measure.worker import DecodeRun
@@ -116,10 +116,8 @@ def open_journal(path: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[
 
     Raises RemoeError if that was made for another plan, if another process writes it, and where no file can be written.
     """
-    try:
+    with writing(path):
         opened = path.open("a+b")
-    except OSError as error:
-        raise write_failure(path, error) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,11 +126,12 @@ def open_journal(path: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[
         # Through JSON, so that it is compared as it is read.
         header = json.loads(json.dumps({"remoe_edge_journal": _VERSION, "plan": plan}))
         records: list[Record] = []
-        if resume:
-            records = _resume(path, file, header)
-        else:
-            file.truncate(0)
-            file.seek(0)
+        with writing(path):
+            if resume:
+                records = _resume(path, file, header)
+            else:
+                file.truncate(0)
+                file.seek(0)
         if not file.tell():
             append_line(file, header)
         yield Journal(records, file)

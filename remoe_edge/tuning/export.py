@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from remoe_edge import __version__
@@ -52,10 +52,8 @@ def write_router(router: Mapping[str, Tensor], said: Mapping[str, Any], output: 
     """A safetensors file of FP32 tensors under their Hugging Face names; the card is in its metadata."""
     with atomic_output(output, force=force) as temporary:
         tensors = {name: tensor.contiguous() for name, tensor in router.items()}
-        try:
-            save_file(tensors, temporary, {"remoe_edge": json.dumps(said, sort_keys=True)})
-        except Exception as error:  # the package reports a full disk as an error of its own
-            raise RemoeError(f"{output}: cannot be written: {error}") from error
+        # Its save_file makes a temporary file of its own, for nobody else to read, which a killed process leaves.
+        temporary.write_bytes(save(tensors, {"remoe_edge": json.dumps(said, sort_keys=True)}))
 
 
 def write_card(said: Mapping[str, Any], output: Path) -> None:
@@ -143,6 +141,7 @@ def export_checkpoint(
                     )
                 tensors[name] = left.pop(name).to(dtype or tensors[name].dtype).contiguous()
             save_file(tensors, temporary / path.name, metadata)
+            shutil.copymode(path, temporary / path.name)
         if left:
             raise RemoeError(f"{model}: has no tensor '{next(iter(left))}', which the router has")
         if said is not None:

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import append_line, atomic_output, write_failure
+from remoe_edge.files import append_line, atomic_output, writing
 from remoe_edge.progress import Report, silent
 from remoe_edge.tuning.adapters import MoE, record
 from remoe_edge.tuning.data import Sequences
@@ -147,10 +147,8 @@ def tune(
     run = _Run(moe, train, held_out, config, accelerator, autocast, frozen)
     state = _State()
     if folder is not None:
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_failure(folder, error) from error
         state = run.restore(folder)
     if not state.checks:
         state.checks.append(run.check(0))
@@ -461,13 +459,8 @@ class _Run:
             "checks": [asdict(check) for check in state.checks],
         }
         with atomic_output(folder / CHECKPOINT, force=True) as temporary:
-            try:
-                save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, {"state": json.dumps(said)})
-            except SafetensorError as error:
-                raise RemoeError(
-                    f"{folder / CHECKPOINT}: cannot be written: {error}; the last checkpoint is whole, so make room "
-                    "and run the same command again"
-                ) from error
+            # Its save_file makes a temporary file of its own, which a killed process leaves.
+            temporary.write_bytes(save({n: t.contiguous() for n, t in tensors.items()}, {"state": json.dumps(said)}))
 
     def restore(self, folder: Path) -> _State:
         """Go on from a checkpoint, if there is one of the same run."""
