@@ -200,8 +200,11 @@ def command(
     if memory_limit is not None and not budgets and set(baselines) == {"resident"}:
         raise click.UsageError("--memory-limit has no effect on resident runs.")
     if output is not None:
-        refuse_existing(output, force)
         refuse_interrupted(output, resume=resume, force=force)
+        # An output beside the runs is an older one that was to be overwritten, or the same runs written a moment before
+        # a crash.
+        force = force or resume
+        refuse_existing(output, force)
     options = Options(
         models=models,
         workload=_workload(workload, prompts, prompt),

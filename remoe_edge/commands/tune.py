@@ -161,8 +161,7 @@ def command(
     refuse_existing(output, force)
     if not output.resolve().parent.is_dir():
         raise RemoeError(f"{output.resolve().parent} is not a folder; create it first")
-    if export_hf is not None and export_hf.exists():
-        raise RemoeError(f"{export_hf} exists; choose another folder for --export-hf")
+    work = work or output.with_name(output.name + ".work")
     if export_hf is not None and not Path(model).is_dir():
         raise RemoeError("--export-hf needs MODEL to be a folder; download it first: hf download MODEL --local-dir DIR")
     try:
@@ -171,12 +170,15 @@ def command(
         from remoe_edge.tuning.adapters import adapt
         from remoe_edge.tuning.data import load_sequences
         from remoe_edge.tuning.estimate import estimate
-        from remoe_edge.tuning.export import card, export_checkpoint, write_card, write_router
+        from remoe_edge.tuning.export import CARD, card, export_checkpoint, write_card, write_router
         from remoe_edge.tuning.load import DTYPES, load_model, load_tokenizer
         from remoe_edge.tuning.losses import Weights
         from remoe_edge.tuning.train import TuneConfig, join_processes, tune
     except ImportError as error:
         raise RemoeError(f"tuning needs {error.name}: pip install 'remoe-edge[tune]'") from error
+    # A run that was killed when all but the router was written goes on.
+    if export_hf is not None and export_hf.exists() and not (work.is_dir() and (export_hf / CARD).is_file()):
+        raise RemoeError(f"{export_hf} exists; choose another folder for --export-hf")
     chosen = Weights(**dict.fromkeys(_TERMS, 0.0)) if control else Weights(**given)
     guard = max_ppl_increase if max_ppl_increase >= 0 else None
     config = TuneConfig(weights=chosen, window=window_size, max_ppl_increase=guard, **settings)
@@ -219,19 +221,18 @@ def command(
             rows,
             kept,
             config,
-            folder=work or output.with_name(output.name + ".work"),
+            folder=work,
             accelerator=accelerator,
             autocast=fast,
             report=report,
             on_step=first_step,
         )
         said = card(result, config, model=model, data=rows.files, length=length, held_out=len(kept))
-        said["seconds"] = round(time.monotonic() - begin, 1)
+        seconds = round(time.monotonic() - begin, 1)
         if not accelerator.is_main_process:
             return
         if result.stopped and "loss of step" in result.stopped and result.after.step == 0:
             raise RemoeError(f"{result.stopped}, and no state before it was good: use a smaller --lr")
-        write_router(result.router, said, output, force=force)
         write_card(said, output.with_suffix(".md"))
         if export_hf is not None:
             export_checkpoint(
@@ -242,8 +243,10 @@ def command(
                 dtype=DTYPES.get(export_router_dtype or ""),
                 report=report,
             )
+        # The last, so that the same command goes on until all is there.
+        write_router(result.router, said, output, force=force)
     if as_json:
-        click.echo(json.dumps(said))
+        click.echo(json.dumps({**said, "seconds": seconds}))
         return
     before, after = result.before, result.after
     if result.stopped:

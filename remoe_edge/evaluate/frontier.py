@@ -23,6 +23,7 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.evaluate.gguf_reader import open_ggufs
 from remoe_edge.evaluate.reader import Ids
 from remoe_edge.evaluate.report import change, table
+from remoe_edge.files import append_line
 from remoe_edge.gguf_io.layout import read_model
 from remoe_edge.progress import Report, silent
 from remoe_edge.runtime.llama import CacheConfig, load_model
@@ -119,7 +120,7 @@ def measure_frontier(plan: Plan, output: Path, *, force: bool = False, report: R
 
             point = _measure(plan, side, slots, bias, progress)
             found[side, slots, bias] = point
-            _append(file, point)
+            append_line(file, point)
     return _compared([found[point] for point in points])
 
 
@@ -254,14 +255,8 @@ def _journal(path: Path, header: dict[str, Any], force: bool) -> Iterator[tuple[
         file.seek(0, os.SEEK_END)
         if not file.tell():
             found = {}
-            _append(file, header)
+            append_line(file, header)
         yield file, found
-
-
-def _append(file: IO[bytes], content: Mapping[str, Any]) -> None:
-    file.write(json.dumps(content).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.evaluate.reader import Experts, Ids, Noise, Pass, noise
+from remoe_edge.files import scratch_folder
 from remoe_edge.gguf_io.layout import read_model
 from remoe_edge.progress import Report, silent
 from remoe_edge.routing.trace import Trace, load_trace
@@ -133,8 +133,8 @@ def _log_probabilities(session: Session, tokens: list[int], batch: int) -> npt.N
 def _traced(session: Session) -> Iterator[list[Trace]]:
     """A list that holds, when the context has ended, what was chosen in it."""
     found: list[Trace] = []
-    with tempfile.TemporaryDirectory(prefix="remoe-edge-") as folder:
-        path = Path(folder) / "trace.npz"
+    with scratch_folder("remoe-edge-trace-") as folder:
+        path = folder / "trace.npz"
         session.trace_start(path)
         yield found
         session.trace_stop()

@@ -413,6 +413,10 @@ def _write(plan: Plan, force: bool, progress: Progress) -> None:
                 temporary = outputs.enter_context(atomic_output(file.target, force=force))
                 _write_file(file, temporary, advance)
                 written.append((file.target, os.stat(temporary)))
+            if len(plan.files) > 1:
+                # A crash must not leave an older first part that opens newer others.
+                refuse_existing(plan.files[0].target, force)
+                plan.files[0].target.resolve().unlink(missing_ok=True)
     except BaseException:
         for target, status in written:
             _remove_if_ours(target, status)

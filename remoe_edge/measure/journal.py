@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from remoe_edge.errors import RemoeError
+from remoe_edge.files import append_line, writing
 from remoe_edge.measure.arms import Turn
 from remoe_edge.measure.storage import Bandwidth
 from remoe_edge.measure.worker import DecodeRun
@@ -87,10 +87,10 @@ class Journal:
         self._file = file
 
     def append(self, record: Record) -> None:
-        """Keep a run; it is on disk when this returns."""
+        """Keep a run; it is on disk when this returns. Raises RemoeError if it cannot be written."""
         self.records.append(record)
         if self._file is not None:
-            _write(self._file, asdict(record))
+            append_line(self._file, asdict(record))
 
 
 def journal_path(output: Path) -> Path:
@@ -114,9 +114,11 @@ def refuse_interrupted(output: Path, *, resume: bool, force: bool) -> None:
 def open_journal(path: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[Journal]:
     """The journal at `path`: a new one, or with `resume` the one that is there.
 
-    Raises RemoeError if that was made for another plan, or if another process writes it.
+    Raises RemoeError if that was made for another plan, if another process writes it, and where no file can be written.
     """
-    with path.open("a+b") as file:
+    with writing(path):
+        opened = path.open("a+b")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -124,12 +126,14 @@ def open_journal(path: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[
         # Through JSON, so that it is compared as it is read.
         header = json.loads(json.dumps({"remoe_edge_journal": _VERSION, "plan": plan}))
         records: list[Record] = []
-        if resume:
-            records = _resume(path, file, header)
-        else:
-            file.truncate(0)
+        with writing(path):
+            if resume:
+                records = _resume(path, file, header)
+            else:
+                file.truncate(0)
+                file.seek(0)
         if not file.tell():
-            _write(file, header)
+            append_line(file, header)
         yield Journal(records, file)
 
 
@@ -169,9 +173,3 @@ def _resume(path: Path, file: IO[bytes], header: dict[str, Any]) -> list[Record]
             "or --force to start again"
         )
     return records
-
-
-def _write(file: IO[bytes], content: dict[str, Any]) -> None:
-    file.write(json.dumps(content).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())

@@ -23,6 +23,7 @@ from typing import Any
 
 from remoe_edge import __version__
 from remoe_edge.errors import RemoeError
+from remoe_edge.files import append_line
 from remoe_edge.gguf_io.layout import Layout, read_model
 from remoe_edge.measure.arms import Options
 from remoe_edge.measure.bench import bench
@@ -240,10 +241,8 @@ def _open_journal(path: Path, settings: dict[str, Any]) -> list[Row]:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("ab") as file:
+        append_line(file, row)
 
 
 def _time_left(schedule: Sequence[tuple[int, Engine]], kept: Sequence[Row], failed: set[str]) -> str:

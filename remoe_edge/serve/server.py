@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +17,7 @@ from typing import Any
 import aiohttp
 
 from remoe_edge.errors import RemoeError
+from remoe_edge.files import scratch_folder
 from remoe_edge.measure.cgroup import CgroupUnavailableError, MemoryGroup, memory_group
 from remoe_edge.power.find import find_source
 from remoe_edge.progress import Report, silent
@@ -86,7 +86,7 @@ class Server:
     def run(self) -> int:
         """Serve until a signal; returns its number. Raises RemoeError if that cannot begin or go on."""
         with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="remoe-edge-")))
+            folder = stack.enter_context(scratch_folder("remoe-edge-serve-"))
             group, reason = stack.enter_context(_group(self._plan.model_memory))
             power = stack.enter_context(LivePower(find_source(self._power).source))
             return asyncio.run(self._serve(folder / _SOCKET, group, reason, power))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from remoe_edge import __version__
@@ -21,6 +21,9 @@ from remoe_edge.files import atomic_output
 from remoe_edge.progress import Report, silent
 from remoe_edge.tuning.load import versions
 from remoe_edge.tuning.train import TuneConfig, TuneResult
+
+CARD = "remoe-edge.md"
+"""In a folder that `export_checkpoint` writes."""
 
 
 def card(
@@ -49,14 +52,17 @@ def write_router(router: Mapping[str, Tensor], said: Mapping[str, Any], output: 
     """A safetensors file of FP32 tensors under their Hugging Face names; the card is in its metadata."""
     with atomic_output(output, force=force) as temporary:
         tensors = {name: tensor.contiguous() for name, tensor in router.items()}
-        try:
-            save_file(tensors, temporary, {"remoe_edge": json.dumps(said, sort_keys=True)})
-        except Exception as error:  # the package reports a full disk as an error of its own
-            raise RemoeError(f"{output}: cannot be written: {error}") from error
+        # Its save_file makes a temporary file of its own, for nobody else to read, which a killed process leaves.
+        temporary.write_bytes(save(tensors, {"remoe_edge": json.dumps(said, sort_keys=True)}))
 
 
 def write_card(said: Mapping[str, Any], output: Path) -> None:
     """The card as Markdown, for people."""
+    with atomic_output(output, force=True) as temporary:
+        temporary.write_text(_card_text(said), encoding="utf-8")
+
+
+def _card_text(said: Mapping[str, Any]) -> str:
     reuse, ppl = said["reuse_rate"], said["ppl"]
     rows = [
         ("reuse rate", f"{reuse['base']:.4f}", f"{reuse['tuned']:.4f}", f"{reuse['tuned'] / reuse['base'] - 1:+.1%}"),
@@ -85,8 +91,7 @@ def write_card(said: Mapping[str, Any], output: Path) -> None:
         *(f"| {name} | {digest} |" for name, digest in said["data_sha256"].items()),
         "",
     ]
-    with atomic_output(output, force=True) as temporary:
-        temporary.write_text("\n".join(text), encoding="utf-8")
+    return "\n".join(text)
 
 
 def export_checkpoint(
@@ -100,12 +105,16 @@ def export_checkpoint(
 ) -> None:
     """Copy a checkpoint folder with the router's tensors replaced, each in `dtype`, by default the type it has there.
 
-    With `said`, a card, that is there as `remoe-edge.md`.
+    With `said`, a card, that is there as `CARD`.
 
-    vLLM and transformers load the result. The folder appears whole or not at all. Raises RemoeError if `output` exists
-    or the checkpoint lacks a tensor of the router.
+    vLLM and transformers load the result. The folder appears whole or not at all; one that is there with the same card
+    was written by a run that was killed afterwards, and stays. Raises RemoeError if `output` exists otherwise, or the
+    checkpoint lacks a tensor of the router.
     """
     if output.exists():
+        written = output / CARD
+        if said is not None and written.is_file() and written.read_text(encoding="utf-8") == _card_text(said):
+            return
         raise RemoeError(f"{output} exists; choose another folder")
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -132,10 +141,11 @@ def export_checkpoint(
                     )
                 tensors[name] = left.pop(name).to(dtype or tensors[name].dtype).contiguous()
             save_file(tensors, temporary / path.name, metadata)
+            shutil.copymode(path, temporary / path.name)
         if left:
             raise RemoeError(f"{model}: has no tensor '{next(iter(left))}', which the router has")
         if said is not None:
-            write_card(said, temporary / "remoe-edge.md")
+            write_card(said, temporary / CARD)
         _flush(temporary)
         temporary.rename(output)
     except BaseException as error:

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import atomic_output
+from remoe_edge.files import append_line, atomic_output, writing
 from remoe_edge.progress import Report, silent
 from remoe_edge.tuning.adapters import MoE, record
 from remoe_edge.tuning.data import Sequences
@@ -147,14 +147,15 @@ def tune(
     run = _Run(moe, train, held_out, config, accelerator, autocast, frozen)
     state = _State()
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         state = run.restore(folder)
     if not state.checks:
         state.checks.append(run.check(0))
         state.keep(run, config)
     with contextlib.ExitStack() as stack:
         logs = folder is not None and accelerator.is_main_process
-        log = stack.enter_context(open(folder / LOG, "a", encoding="utf-8")) if folder and logs else None
+        log = stack.enter_context(open(folder / LOG, "ab")) if folder and logs else None
         first = state.step
         while state.step < config.steps and state.stopped is None:
             row = run.step(state.step)
@@ -168,8 +169,7 @@ def tune(
                 row["held_out"] = asdict(state.checks[-1])
             if accelerator.is_main_process:
                 if log:
-                    log.write(json.dumps(row) + "\n")
-                    log.flush()
+                    append_line(log, row)
                 on_step(row)
                 if folder is not None and ("held_out" in row or state.step == config.steps):
                     run.save(folder, state)
@@ -459,13 +459,8 @@ class _Run:
             "checks": [asdict(check) for check in state.checks],
         }
         with atomic_output(folder / CHECKPOINT, force=True) as temporary:
-            try:
-                save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, {"state": json.dumps(said)})
-            except SafetensorError as error:
-                raise RemoeError(
-                    f"{folder / CHECKPOINT}: cannot be written: {error}; the last checkpoint is whole, so make room "
-                    "and run the same command again"
-                ) from error
+            # Its save_file makes a temporary file of its own, which a killed process leaves.
+            temporary.write_bytes(save({n: t.contiguous() for n, t in tensors.items()}, {"state": json.dumps(said)}))
 
     def restore(self, folder: Path) -> _State:
         """Go on from a checkpoint, if there is one of the same run."""
