@@ -145,7 +145,7 @@ public:
     int next(int ith, const void ** data);
 
     // [n_expert] which experts have a slot before the next call of group ig. Without read_ahead() this follows from the
-    // calls alone, not from the time that reads take.
+    // calls alone, not from the time that reads take. The caller holds turn(), and no call is in progress.
     std::vector<bool> resident(int ig);
 
     // the experts that group ig will probably need at its next call, most likely first; the last word counts
@@ -162,6 +162,8 @@ public:
     bool flip_byte(int il);
 
 private:
+    friend struct llama_expert_cache_explorer; // tests/cache_interleavings.cpp of remoe-edge
+
     enum slice_state : uint8_t {
         SLICE_EMPTY,
         SLICE_LOADING,

@@ -24,7 +24,8 @@ static uint64_t rotl(uint64_t x, int n) {
 }
 
 // words of the file are little endian, as those of every machine that ggml runs GGUF files on
-template <typename T> static uint64_t load(const uint8_t * p) {
+template <typename T>
+static uint64_t load(const uint8_t * p) {
     T res;
     memcpy(&res, p, sizeof(res));
     return res;

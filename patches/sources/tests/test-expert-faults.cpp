@@ -1,4 +1,6 @@
-// Every read of a decode, of a prefill and of reading ahead fails once, in every way in which a read can fail.
+// Every read of a decode, of a prefill and of reading ahead fails, in every way in which a read can fail, once and until
+// further notice. What stands in the place of pread answers from memory, so that thousands of runs take seconds; a
+// preloaded library does the same to the reads of a whole runtime (tests/test_runtime_faults.py).
 
 #include "test-expert-file.h"
 
@@ -34,8 +36,10 @@ static const char * reason(fault_kind kind, bool persistent, llama_expert_io_mod
     }
 }
 
-// stands between the cache and pread
+// stands in the place of pread
 struct faulty_storage {
+    const std::vector<uint8_t> & bytes; // of the file
+
     std::mutex       mutex;
     fault_kind       kind       = FAULT_EIO;
     bool             persistent = false;
@@ -43,6 +47,8 @@ struct faulty_storage {
     int              n_reads    = 0;
     int              n_fired    = 0;
     std::set<size_t> hit; // offsets of reads that failed
+
+    explicit faulty_storage(const std::vector<uint8_t> & bytes) : bytes(bytes) {}
 
     void arm(fault_kind k, int n, bool p) {
         std::lock_guard<std::mutex> lock(mutex);
@@ -54,13 +60,19 @@ struct faulty_storage {
         hit.clear();
     }
 
+    ssize_t copy(void * dst, size_t size, size_t offs) const {
+        const size_t n = std::min(size, bytes.size() - std::min(offs, bytes.size()));
+        memcpy(dst, bytes.data() + offs, n);
+        return n;
+    }
+
     llama_expert_pread pread() {
-        return [this](int fd, void * dst, size_t size, off_t offs) -> ssize_t {
+        return [this](int /*fd*/, void * dst, size_t size, off_t offs) -> ssize_t {
             {
                 std::lock_guard<std::mutex> lock(mutex);
                 const int                   i = n_reads++;
                 if (at < 0 || i < at || (i > at && !persistent)) {
-                    return ::pread(fd, dst, size, offs);
+                    return copy(dst, size, offs);
                 }
                 n_fired++;
                 hit.insert(offs);
@@ -73,7 +85,7 @@ struct faulty_storage {
                 case FAULT_SLOW: std::this_thread::sleep_for(std::chrono::microseconds(persistent ? 100 : 2000)); break;
                 default: break;
             }
-            const ssize_t n = ::pread(fd, dst, size, offs);
+            const ssize_t n = copy(dst, size, offs);
             if (kind == FAULT_SHORT && n > 1) {
                 return n / 2;
             }
@@ -99,7 +111,9 @@ static int run_graphs(llama_expert_cache & cache, const test_file & file, phase 
     std::mt19937 rng(11);
 
     *n_wrong = 0;
-    for (int call = 0; call < (phase == PHASE_PREFILL ? 1 : 3); call++) {
+    for (int call = 0; call < (phase == PHASE_PREFILL ? 1 : phase == PHASE_DECODE ? 2
+                                                                                  : 3);
+        call++) {
         for (int il = 0; il < 2; il++) {
             std::vector<int32_t> ids;
             while (ids.size() < (phase == PHASE_PREFILL ? 5 : 1) * K) {
@@ -151,14 +165,17 @@ static void check_error(llama_expert_cache & cache, const test_file & file, faul
 static void test_every_read(const test_file & file, llama_expert_io_mode io, phase phase, bool verify) {
     int n_tried = 0, n_errors = 0;
     for (int kind = 0; kind < N_FAULTS; kind++) {
+        if (verify && kind != FAULT_EIO && kind != FAULT_WRONG) {
+            continue;
+        }
         for (const bool persistent : { false, true }) {
-            faulty_storage     storage;
+            faulty_storage     storage{ file.bytes };
             llama_expert_files files({ file.fd }, io, storage.pread());
             llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 3);
             if (verify) {
                 cache.verify(nullptr);
             }
-            cache.allocate(phase == PHASE_AHEAD ? 8 : phase == PHASE_DECODE ? K : 6);
+            cache.allocate(phase == PHASE_DECODE ? K : 6);
 
             const char * why       = reason((fault_kind) kind, persistent, io);
             const bool   ambiguous = phase == PHASE_AHEAD || kind == FAULT_SHORT; // what was read ahead may not be needed
@@ -208,13 +225,13 @@ static void test_every_read(const test_file & file, llama_expert_io_mode io, pha
         }
     }
     printf("  %s%s: %d faults, %d errors, the others had no effect\n", PHASE_NAMES[phase], verify ? ", verified" : "", n_tried, n_errors);
-    assert(n_tried > 300 && n_errors > 100);
+    assert(n_tried > (verify ? 80 : 250) && n_errors > 40);
 }
 
 // the reads by which checksums are taken
 static void test_sweep(const test_file & file, llama_expert_io_mode io) {
     for (const int n : { 0, 1, 50, N_LAYERS * N_TENSORS * N_EXPERT - 1 }) {
-        faulty_storage     storage;
+        faulty_storage     storage{ file.bytes };
         llama_expert_files files({ file.fd }, io, storage.pread());
         llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 3);
 
@@ -306,8 +323,9 @@ int main() {
 
         printf("%s\n", llama_expert_io_mode_name(io));
         for (const auto phase : { PHASE_DECODE, PHASE_PREFILL, PHASE_AHEAD }) {
-            for (const bool verify : { false, true }) {
-                test_every_read(file, io, phase, verify);
+            test_every_read(file, io, phase, false);
+            if (io == LLAMA_EXPERT_IO_DIRECT) {
+                test_every_read(file, io, phase, true); // the same in both
             }
         }
         test_sweep(file, io);
