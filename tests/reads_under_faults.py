@@ -21,7 +21,7 @@ from gguf import GGUFReader
 from remoe_edge.runtime.llama import CacheConfig, RuntimeReadError, Session, open_model
 
 KINDS = ("EIO", "ENOMEM", "EINTR", "zero", "short", "slow", "wrong")
-STEPS = {"decode": [[11], [23]], "prefill": [[10, 21, 32, 43]]}
+STEPS = {"decode": [[11], [23]], "prefill": [[10, 21, 32, 43, 54, 15, 26, 37]]}
 CONTROL = struct.Struct("<QQiiiii")
 _ERROR = re.compile(r"status -3: (.*): cannot read tensor (\S+), expert (\d+), offset (\d+), (\d+) bytes: (.*)")
 
@@ -61,8 +61,8 @@ def reason(kind: str, persistent: bool) -> str | None:
 def request(session: Session, phase: str) -> bytes:
     session.clear()
     for tokens in STEPS[phase]:
-        session.decode(tokens)
-    return session.logits().tobytes()
+        session.decode(tokens, all_logits=True)  # else the last layer would compute one token only
+    return session.all_logits().tobytes()
 
 
 def failed_request(session: Session, phase: str) -> str | None:
