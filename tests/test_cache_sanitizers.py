@@ -1,4 +1,4 @@
-"""The expert cache under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer, all of its threads at once."""
+"""The expert cache with all of its threads at once, under the sanitizers of the compiler."""
 
 import os
 import subprocess

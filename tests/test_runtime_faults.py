@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from reads_under_faults import CONTROL, KINDS
 from tiny_models import write_tiny_model
 
+from remoe_edge import Llama
 from remoe_edge.cli import cli
+from remoe_edge.errors import RemoeError
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import CacheConfig, RuntimeReadError, Session, load_model, open_model
 
@@ -237,9 +239,8 @@ class TestVerify:
         alone = completion(model, "--expert-cache-verify")
         assert alone.returncode != 0
         assert "have no effect without --expert-cache" in alone.stderr + alone.stdout
-        wrong = completion(model, *cache, "--override-kv", "expert_cache.verify=str:maybe")
-        assert wrong.returncode != 0
-        assert "unknown value 'maybe' for verifying experts, use on or off" in wrong.stderr + wrong.stdout
+        with pytest.raises(RemoeError, match="unknown value 'maybe' for verifying experts, use on or off"):
+            Llama(str(model), expert_cache="2s", kv_overrides={"expert_cache.verify": "maybe"}, verbose=False)
 
     def test_the_command(self, model: Path) -> None:
         common = ["run", str(model), "-p", "ab", "-n", "3", "--threads", "1"]
