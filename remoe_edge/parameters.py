@@ -19,7 +19,7 @@ def model_path(text: str) -> Path:
 
 
 def cache_options(command: _Command) -> _Command:
-    """Options of one expert cache, as parameters `budget`, `policy`, `io`, `prefetch` and `cache_threads`."""
+    """Options of one expert cache, as parameters `budget`, `policy`, `io`, `prefetch`, `cache_threads` and `verify`."""
     options = (
         click.option(
             "--expert-cache",
@@ -38,6 +38,13 @@ def cache_options(command: _Command) -> _Command:
             help="Read ahead what the next layer's router would choose now. [default: off]",
         ),
         click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]"),
+        click.option(
+            "--verify",
+            is_flag=True,
+            default=None,
+            help="Compare every read with a checksum of the expert: wrong bytes are read once more, then are an error. "
+            "Loading reads all experts once.",
+        ),
     )
     for option in reversed(options):
         command = option(command)

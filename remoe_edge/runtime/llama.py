@@ -70,6 +70,9 @@ class CacheConfig:
         Lossy (cache-prior, arXiv 2412.00099): when one token is evaluated alone, routers prefer experts in the cache by
         `route_bias`, above 0 and at most `MAX_ROUTE_BIAS`, times the mean range of their logits; their own first
         `route_keep` choices stay. None: routing is the model's own, and the output exact.
+    verify
+        Compare every read with a checksum of the expert: wrong bytes are read once more, then are an error. Checksums
+        are taken at load, which reads all experts once, and are 8 bytes for each expert of a tensor.
     """
 
     budget: str = "auto"
@@ -80,6 +83,7 @@ class CacheConfig:
     repack: str | None = None
     route_bias: float | None = None
     route_keep: int | None = None
+    verify: bool | None = None
 
     @property
     def enabled(self) -> bool:
@@ -105,6 +109,7 @@ class CacheInfo:
     route_bias: float | None = None
     """None: routing is the model's own. See `CacheConfig`."""
     route_keep: int | None = None
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,8 @@ class CacheStats:
     read_ns: int
     hits_prefetch: int = 0
     bytes_prefetch_used: int = 0
+    reads_wrong: int = 0
+    """With `CacheConfig.verify`: reads that gave wrong bytes; each was made once more."""
 
     @property
     def hit_rate(self) -> float | None:
@@ -141,6 +148,7 @@ class _Info(ctypes.Structure):
         *((name, ctypes.c_char_p) for name in ("policy", "io", "kernels", "prefetch")),
         ("route_bias", ctypes.c_double),
         ("route_keep", ctypes.c_int32),
+        ("verify", ctypes.c_int32),
     )
 
 
@@ -373,6 +381,7 @@ class Model:
         values = {name: _value(getattr(raw, name)) for name in CacheInfo.__dataclass_fields__}
         if not raw.route_bias:
             values["route_bias"] = values["route_keep"] = None
+        values["verify"] = bool(values["verify"])
         return CacheInfo(**values)
 
     def stats(self, layer: int | None = None) -> CacheStats | None:
@@ -656,6 +665,7 @@ def cache_overrides(config: CacheConfig) -> dict[str, str | int | float]:
         "expert_cache.repack": config.repack,
         "expert_cache.route_bias": config.route_bias,
         "expert_cache.route_keep": config.route_keep,
+        "expert_cache.verify": None if config.verify is None else "on" if config.verify else "off",
     }
     given = {key: value for key, value in values.items() if value is not None}
     for key, value in given.items():

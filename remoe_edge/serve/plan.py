@@ -169,6 +169,8 @@ class Plan:
                 command += [flag, str(value)]
         # The plan is ours: no fitting by llama.cpp. Contexts are apart, so that one client cannot fill another's.
         command += ["--no-kv-unified", "--fit", "off", "--no-ui", "--metrics", "--no-slots", "--no-log-timestamps"]
+        if self.cache.enabled and self.cache.verify:
+            command.append("--expert-cache-verify")
         if self.embeddings:
             command.append("--embeddings")
             # A model that is no embedding model does not say how: the mean over its tokens.

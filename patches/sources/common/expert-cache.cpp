@@ -59,6 +59,13 @@ void common_expert_cache_from_env(std::vector<llama_model_kv_override> & overrid
     if (const char * value = std::getenv("LLAMA_ARG_EXPERT_PREFETCH")) {
         common_expert_cache_set(overrides, "prefetch", value);
     }
+    if (const char * value = std::getenv("LLAMA_ARG_EXPERT_CACHE_VERIFY")) {
+        // what common_arg takes for a flag that is set
+        const std::string text = value;
+        if (text == "1" || text == "on" || text == "true" || text == "enabled") {
+            common_expert_cache_set(overrides, "verify", "on");
+        }
+    }
     if (const char * value = std::getenv("LLAMA_ARG_EXPERT_CACHE_THREADS")) {
         common_expert_cache_set(overrides, "threads", (int64_t) std::stoll(value));
     }
@@ -72,7 +79,7 @@ void common_expert_cache_check(const std::vector<llama_model_kv_override> & over
     const bool any    = std::any_of(overrides.begin(), overrides.end(), is_mine);
     const bool budget = std::any_of(overrides.begin(), overrides.end(), [](const auto & kv) { return PREFIX + "budget" == kv.key; });
     if (any && !budget) {
-        throw std::invalid_argument("error: --expert-cache-policy, -io, -threads, -repack, --expert-prefetch, --expert-route-bias and -keep have no effect without --expert-cache\n");
+        throw std::invalid_argument("error: --expert-cache-policy, -io, -threads, -repack, -verify, --expert-prefetch, --expert-route-bias and -keep have no effect without --expert-cache\n");
     }
 }
 

@@ -18,6 +18,8 @@
 //   expert_cache.threads  int  reader threads
 //   expert_cache.prefetch str  "off", "router"
 //   expert_cache.repack   str  "auto", "on", "off"
+//   expert_cache.verify   str  "off", "on": compare every read with a checksum of the expert. They are taken when the slots
+//                              are allocated, by reading all experts once, and are 8 bytes for each slice
 //
 // and, at the price of the exactness:
 //
@@ -44,6 +46,7 @@ struct llama_expert_cache_info {
     const char * prefetch;      // "off", "router"
     double       route_bias;    // 0: routing is the model's own, the output exact
     int32_t      route_keep;
+    int32_t      verify;        // 1: reads are compared with checksums
 };
 
 // counters since load or the last reset
@@ -60,6 +63,7 @@ struct llama_expert_cache_stats {
     uint64_t read_ns;           // sum over readers of the time spent in reads
     uint64_t hits_prefetch;       // of the hits, experts that were there, or on their way, because they were read ahead
     uint64_t bytes_prefetch_used; // of bytes_prefetch, bytes of experts that the next call of their layer needed
+    uint64_t reads_wrong;         // with expert_cache.verify: reads that gave wrong bytes; they were made once more
 };
 
 // false if the model has no expert cache; size is sizeof(*info), so that the struct can grow

@@ -103,6 +103,7 @@ int llama_expert_cache::n_slots_max() const {
 
 size_t llama_expert_cache::bytes_for(int n_slots) const {
     size_t res = sizeof(*this) + n_readers * (64 * 1024 + n_staging); // what a reader thread touches of its stack
+    res += checksums ? checksums->bytes() : 0;
     for (const auto & g : groups) {
         const int n = std::min(n_slots, g.desc.n_expert);
 
@@ -150,8 +151,25 @@ static uint8_t * allocate_pages(size_t size, const std::string & what) {
 }
 #endif
 
+void llama_expert_cache::verify(llama_expert_checksums::progress report) {
+    this->report = std::move(report);
+    checksums    = std::make_unique<llama_expert_checksums>(descs());
+}
+
+std::vector<llama_expert_group_desc> llama_expert_cache::descs() const {
+    std::vector<llama_expert_group_desc> res;
+    for (const auto & g : groups) {
+        res.push_back(g.desc);
+    }
+    return res;
+}
+
 void llama_expert_cache::allocate(int n_slots) {
     assert(slots_per_layer == 0 && n_slots >= n_slots_min());
+
+    if (checksums) {
+        checksums->sweep(files, descs(), n_readers, report); // its buffers are gone before there are slots
+    }
 
     size_t n_needed_max = 0;
     for (auto & g : groups) {
@@ -677,20 +695,28 @@ bool llama_expert_cache::take_ahead(request & r) {
     return false;
 }
 
-std::string llama_expert_cache::read(const request & r, int ir) const {
+std::string llama_expert_cache::read(const request & r, int ir, int & n_wrong) const {
     const tensor & t    = groups[r.group].tensors[r.tensor];
     const size_t   offs = t.desc.offs + r.expert * t.desc.size;
     uint8_t *      slot = t.arena + r.slot * t.stride;
+    uint8_t *      raw  = t.desc.transform ? staging + ir * n_staging : slot;
 
-    if (!t.desc.transform) {
-        return files.read(t.desc.file, offs, t.desc.size, slot);
+    std::string err = files.read(t.desc.file, offs, t.desc.size, raw);
+    if (checksums) {
+        const uint64_t expected = checksums->at(r.group, r.tensor, r.expert);
+        while (err.empty() && llama_expert_checksum(raw + offs % LLAMA_EXPERT_IO_ALIGN, t.desc.size) != expected) {
+            err = ++n_wrong < 2 ? files.read(t.desc.file, offs, t.desc.size, raw) : "the bytes are not those that were there when the model was loaded, twice";
+        }
     }
-    uint8_t *         raw = staging + ir * n_staging;
-    const std::string err = files.read(t.desc.file, offs, t.desc.size, raw);
-    if (err.empty()) {
+    if (err.empty() && t.desc.transform) {
         transform(r.group, r.tensor, raw + offs % LLAMA_EXPERT_IO_ALIGN, slot);
     }
     return err;
+}
+
+std::string llama_expert_read_error(const llama_expert_files & files, const llama_expert_tensor_desc & desc, int expert, const std::string & reason) {
+    return files.name(desc.file) + ": cannot read tensor " + desc.name + ", expert " + std::to_string(expert) +
+        ", offset " + std::to_string(desc.offs + expert * desc.size) + ", " + std::to_string(desc.size) + " bytes: " + reason;
 }
 
 void llama_expert_cache::reader_main(int ir) {
@@ -705,7 +731,8 @@ void llama_expert_cache::reader_main(int ir) {
 
         lock.unlock();
         const uint64_t    t_start = now_ns();
-        const std::string err     = read(r, ir);
+        int               n_wrong = 0;
+        const std::string err     = read(r, ir, n_wrong);
         const uint64_t    t_read  = now_ns() - t_start;
         lock.lock();
 
@@ -719,6 +746,7 @@ void llama_expert_cache::reader_main(int ir) {
 
         (r.ahead ? g.n_ahead : g.n_loading)--;
         n_reading_ahead -= r.ahead;
+        g.counters.reads_wrong += counting ? n_wrong : 0;
 
         if (err.empty()) {
             s.state = SLICE_READY;
@@ -735,14 +763,14 @@ void llama_expert_cache::reader_main(int ir) {
         } else if (r.ahead) {
             // nobody has asked for it yet: if somebody does, the read is made again and may fail for him
             s.state = SLICE_EMPTY;
+            s.ahead = false;
             if (needed) {
                 enqueue(r.group, r.tensor, r.slot, r.expert);
             }
         } else {
             s.state = SLICE_FAILED;
             g.dirty = true;
-            error   = files.name(t.desc.file) + ": cannot read tensor " + t.desc.name + ", expert " + std::to_string(r.expert) +
-                ", offset " + std::to_string(t.desc.offs + r.expert * t.desc.size) + ", " + std::to_string(t.desc.size) + " bytes: " + err;
+            error   = llama_expert_read_error(files, t.desc, r.expert, err);
             if (in_op) {
                 op_failed.store(true);
             }
@@ -779,6 +807,7 @@ llama_expert_counters llama_expert_cache::counters(int il) const {
         res.reads += c.reads;
         res.stall_ns += c.stall_ns;
         res.read_ns += c.read_ns;
+        res.reads_wrong += c.reads_wrong;
     }
     return res;
 }
@@ -792,11 +821,14 @@ void llama_expert_cache::reset_counters() {
 }
 
 const char * llama_expert_cache::last_error() const {
+    // of the thread: another context on the model may fail, and ask, at the same time
+    static thread_local std::string res;
+
     std::lock_guard<std::mutex> lock(mutex);
 
-    error_out = error;
+    res = error;
 
-    return error_out.c_str();
+    return res.c_str();
 }
 
 bool llama_expert_cache::flip_byte(int il) {

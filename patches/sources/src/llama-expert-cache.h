@@ -1,5 +1,6 @@
 #pragma once
 
+#include "llama-expert-checksum.h"
 #include "llama-expert-io.h"
 #include "llama-expert-policy.h"
 
@@ -68,6 +69,9 @@ struct llama_expert_group_desc {
     std::vector<llama_expert_tensor_desc> tensors; // in the order in which the graph uses them
 };
 
+// text of a failed read: file, tensor, expert, offset and reason
+std::string llama_expert_read_error(const llama_expert_files & files, const llama_expert_tensor_desc & desc, int expert, const std::string & reason);
+
 struct llama_expert_counters {
     uint64_t calls          = 0;
     uint64_t calls_streamed = 0;
@@ -81,6 +85,7 @@ struct llama_expert_counters {
     uint64_t reads          = 0;
     uint64_t stall_ns       = 0;
     uint64_t read_ns        = 0;
+    uint64_t reads_wrong    = 0; // whose bytes had not the checksum of the expert
 };
 
 class llama_expert_cache {
@@ -111,7 +116,13 @@ public:
     // the largest number of slots whose bytes are within the budget, at most n_slots_max(), 0 if below the floor
     int n_slots_for(size_t budget) const;
 
+    // Compare every read with the checksum of the expert; wrong bytes are read once more before that is an error.
+    // Called before allocate(), which reads all experts once.
+    void verify(llama_expert_checksums::progress report);
+
     void allocate(int n_slots); // throws std::runtime_error
+
+    bool verifies() const { return checksums != nullptr; }
 
     bool transforms() const { return n_staging > 0; }
 
@@ -134,7 +145,7 @@ public:
     int next(int ith, const void ** data);
 
     // [n_expert] which experts have a slot before the next call of group ig. Without read_ahead() this follows from the
-    // calls alone, not from the time that reads take.
+    // calls alone, not from the time that reads take. The caller holds turn(), and no call is in progress.
     std::vector<bool> resident(int ig);
 
     // the experts that group ig will probably need at its next call, most likely first; the last word counts
@@ -144,13 +155,15 @@ public:
     llama_expert_counters counters(int il) const;
     void                  reset_counters();
 
-    // text of the last failed read, "" if there was none; the pointer holds until the next call
+    // text of the last failed read, "" if there was none; the pointer holds until the calling thread's next call
     const char * last_error() const;
 
     // for tests: invert one byte of the expert that the policy would keep longest
     bool flip_byte(int il);
 
 private:
+    friend struct llama_expert_cache_explorer; // tests/cache_interleavings.cpp of remoe-edge
+
     enum slice_state : uint8_t {
         SLICE_EMPTY,
         SLICE_LOADING,
@@ -232,6 +245,9 @@ private:
 
     const llama_expert_transform transform;
 
+    std::unique_ptr<llama_expert_checksums> checksums; // nullptr: reads are believed
+    llama_expert_checksums::progress        report;
+
     size_t    n_staging = 0; // bytes of a reader's staging buffer
     uint8_t * staging   = nullptr;
 
@@ -253,8 +269,7 @@ private:
     std::vector<std::thread> readers;
     bool                     stop = false;
 
-    std::string         error;
-    mutable std::string error_out; // what last_error() has handed out
+    std::string error;
 
     // the current op
     int                 op_group    = -1;
@@ -291,8 +306,10 @@ private:
     void enqueue(int ig, int it, int slot, int expert);
     void settle(group & g);
 
+    std::vector<llama_expert_group_desc> descs() const;
+
     uint8_t *   data(const tensor & t, int slot, int expert) const;
-    std::string read(const request & r, int ir) const;
+    std::string read(const request & r, int ir, int & n_wrong) const;
 
     void leave(int expert);
     void reader_main(int ir);

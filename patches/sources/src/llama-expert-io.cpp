@@ -39,26 +39,37 @@ size_t llama_expert_files::extent(size_t offs, size_t size) {
 #ifdef __linux__
 
 // pread until at least need bytes are there; a file that ends earlier is an error, never zeros
-// (direct: the descriptor has O_DIRECT, which stops inside a block only at the end of the file and cannot go on from there)
-static std::string read_at_least(int fd, bool direct, uint8_t * dst, size_t size, size_t offs, size_t need) {
-    size_t done = 0;
-    while (done < need) {
-        const ssize_t n = pread(fd, dst + done, size - done, offs + done);
+// (direct: the descriptor has O_DIRECT, a read that stopped inside a block goes on from the start of that block)
+std::string llama_expert_files::read_at_least(int fd, bool direct, uint8_t * dst, size_t size, size_t offs, size_t need) const {
+    static constexpr int MAX_INTERRUPTS = 1000; // in a row: signals that come faster than storage answers
+
+    size_t have         = 0;
+    int    n_interrupts = 0;
+    while (true) {
+        const size_t  start = direct ? align_down(have) : have;
+        const ssize_t n     = pread(fd, dst + start, size - start, offs + start);
         if (n < 0) {
-            if (errno == EINTR) {
+            if (errno == EINTR && ++n_interrupts < MAX_INTERRUPTS) {
                 continue;
             }
             return strerror(errno);
         }
-        done += n;
-        if (n == 0 || (direct && done < need && done % LLAMA_EXPERT_IO_ALIGN != 0)) {
-            return "the file ends after " + std::to_string(done) + " of " + std::to_string(need) + " bytes";
+        n_interrupts = 0;
+        if (start + n >= need) {
+            return "";
         }
+        if (start + n <= have) {
+            struct stat st;
+            const bool  ended = fstat(fd, &st) == 0 && (size_t) st.st_size < offs + need;
+            return (ended ? "the file ends after " : "storage stopped after ") + std::to_string(have) + " of " + std::to_string(need) + " bytes";
+        }
+        have = start + n;
     }
-    return "";
 }
 
-llama_expert_files::llama_expert_files(const std::vector<int> & fds, llama_expert_io_mode mode) : io_mode(mode) {
+llama_expert_files::llama_expert_files(llama_expert_io_mode mode, llama_expert_pread pread) : io_mode(mode), pread(pread ? std::move(pread) : ::pread) {}
+
+llama_expert_files::llama_expert_files(const std::vector<int> & fds, llama_expert_io_mode mode, llama_expert_pread pread) : llama_expert_files(mode, std::move(pread)) {
     bool        direct = mode != LLAMA_EXPERT_IO_MMAP;
     std::string why;
 
@@ -94,7 +105,7 @@ llama_expert_files::llama_expert_files(const std::vector<int> & fds, llama_exper
         // some file systems accept O_DIRECT at open and refuse it at the first read
         void * probe = mmap(nullptr, LLAMA_EXPERT_IO_ALIGN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         for (const auto & file : files) {
-            if (probe == MAP_FAILED || pread(file.fd_direct, probe, LLAMA_EXPERT_IO_ALIGN, 0) <= 0) {
+            if (probe == MAP_FAILED || ::pread(file.fd_direct, probe, LLAMA_EXPERT_IO_ALIGN, 0) <= 0) {
                 direct = false;
                 why    = file.name + ": " + strerror(errno);
                 break;
@@ -159,7 +170,7 @@ std::string llama_expert_files::read(int file, size_t offs, size_t size, uint8_t
 
 #else
 
-llama_expert_files::llama_expert_files(const std::vector<int> &, llama_expert_io_mode mode) : io_mode(mode) {
+llama_expert_files::llama_expert_files(const std::vector<int> &, llama_expert_io_mode mode, llama_expert_pread) : io_mode(mode) {
     throw std::runtime_error("the expert cache needs Linux");
 }
 

@@ -2,7 +2,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
+#include <sys/types.h>
 #include <vector>
 
 // Reads of expert weights from the files of a model.
@@ -18,6 +20,9 @@ const char * llama_expert_io_mode_name(llama_expert_io_mode mode);
 // direct reads start and end on multiples of this (the logical block of the devices in use is 512 or 4096)
 static constexpr size_t LLAMA_EXPERT_IO_ALIGN = 4096;
 
+// pread(2), or what a test puts in its place: every read of an expert goes through one of these
+typedef std::function<ssize_t(int fd, void * dst, size_t size, off_t offs)> llama_expert_pread;
+
 // one file of the model (a split GGUF has several)
 struct llama_expert_file {
     std::string name;
@@ -29,7 +34,8 @@ struct llama_expert_file {
 // The descriptors stay open as long as the model, so that a file that is renamed or unlinked is still read.
 struct llama_expert_files {
     // fds: open descriptors of the model's files, they are duplicated; throws std::runtime_error
-    llama_expert_files(const std::vector<int> & fds, llama_expert_io_mode mode);
+    // pread: for tests; called by several threads at once
+    llama_expert_files(const std::vector<int> & fds, llama_expert_io_mode mode, llama_expert_pread pread = nullptr);
     ~llama_expert_files();
 
     llama_expert_files(const llama_expert_files &)             = delete;
@@ -53,7 +59,12 @@ private:
     std::vector<llama_expert_file> files;
 
     llama_expert_io_mode io_mode;
+    llama_expert_pread   pread;
 
+    // its destructor closes what a constructor that throws has opened
+    llama_expert_files(llama_expert_io_mode mode, llama_expert_pread pread);
+
+    std::string read_at_least(int fd, bool direct, uint8_t * dst, size_t size, size_t offs, size_t need) const;
     std::string read_direct(const llama_expert_file & file, size_t offs, size_t size, uint8_t * dst) const;
     std::string read_mmap(const llama_expert_file & file, size_t offs, size_t size, uint8_t * dst) const;
 };

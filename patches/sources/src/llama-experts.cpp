@@ -74,6 +74,12 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
                 throw std::runtime_error("unknown expert prefetch '" + value + "', use router or off");
             }
             res.prefetch = value == "router";
+        } else if (key == "expert_cache.verify") {
+            const std::string value = override_str(kv);
+            if (value != "off" && value != "on") {
+                throw std::runtime_error("unknown value '" + value + "' for verifying experts, use on or off");
+            }
+            res.verify = value == "on";
         } else if (key == "expert_cache.route_bias") {
             if (kv.tag != LLAMA_KV_OVERRIDE_TYPE_FLOAT || !(kv.val_f64 > 0.0) || kv.val_f64 > 4.0) {
                 throw std::runtime_error("expert_cache.route_bias must be a number above 0, at most 4; without it routing is the model's own");
@@ -355,6 +361,10 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
     cache = std::make_unique<llama_expert_cache>(*files, std::move(groups), config.policy, config.n_threads,
         [this, repack_fn](int group, int tensor, const uint8_t * src, uint8_t * dst) { repack_fn(tensors[group][tensor], src, dst); });
 
+    if (config.verify) {
+        verify();
+    }
+
     if (config.budget != "auto") {
         const budget_spec spec = parse_budget(config.budget);
 
@@ -381,15 +391,29 @@ bool llama_experts::fits(size_t n_bytes) const {
     return spec.n_slots > 0 ? spec.n_slots >= n_expert_max : spec.bytes >= n_bytes;
 }
 
+// Checksums are taken when the slots are allocated: that reads the experts once, which can take a while.
+void llama_experts::verify() {
+    const int64_t t_start = ggml_time_us();
+
+    cache->verify([this, t_start, t_last = t_start](double done) mutable {
+        const int64_t t_now = ggml_time_us();
+        if (t_now - t_last > 2000000) {
+            t_last = t_now;
+            LLAMA_LOG_INFO("%s: expert cache: checksums of %.0f of %.0f MiB, %.0f s left\n", __func__,
+                done * cache->bytes_experts() / MiB, cache->bytes_experts() / MiB, (t_now - t_start) / 1e6 * (1 / done - 1));
+        }
+    });
+}
+
 void llama_experts::allocate(int n_slots) {
     cache->allocate(n_slots);
 
     LLAMA_LOG_INFO("%s: expert cache: %d slots of %d experts in each of %d layers, %.1f of %.1f MiB (budget %s, floor %.1f MiB, all experts %.1f MiB)\n", __func__,
         n_slots, cache->n_slots_max(), cache->n_groups(), cache->bytes_for(n_slots) / MiB, budget / MiB, config.budget.c_str(),
         cache->bytes_floor() / MiB, cache->bytes_experts() / MiB);
-    LLAMA_LOG_INFO("%s: expert cache: policy %s, %s reads with %d threads, prefetch %s, %s kernels\n", __func__,
+    LLAMA_LOG_INFO("%s: expert cache: policy %s, %s reads with %d threads, prefetch %s, %s kernels%s\n", __func__,
         llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads, config.prefetch ? "router" : "off",
-        cache->transforms() ? "repacked" : "plain");
+        cache->transforms() ? "repacked" : "plain", cache->verifies() ? ", reads verified" : "");
     if (!choosers.empty()) {
         LLAMA_LOG_WARN("%s: expert cache: ROUTE BIAS %g: tokens that come one at a time prefer experts in the cache, the router's first %d stay: the output is not the model's own\n", __func__,
             config.route_bias, config.route_keep);
@@ -570,6 +594,7 @@ bool llama_expert_cache_get_info(const llama_model * model, llama_expert_cache_i
     res.kernels                 = cache.transforms() ? "repack" : "plain";
     res.route_bias              = experts.config.route_bias;
     res.route_keep              = experts.config.route_bias > 0.0 ? experts.config.route_keep : 0;
+    res.verify                  = cache.verifies();
     memcpy(info, &res, std::min(size, sizeof(res)));
 
     return true;
@@ -594,6 +619,7 @@ bool llama_expert_cache_get_stats(const llama_model * model, int32_t il, llama_e
     res.read_ns                  = c.read_ns;
     res.hits_prefetch            = c.hits_ahead;
     res.bytes_prefetch_used      = c.bytes_used;
+    res.reads_wrong              = c.reads_wrong;
     memcpy(stats, &res, std::min(size, sizeof(res)));
 
     return true;

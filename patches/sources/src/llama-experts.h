@@ -25,6 +25,7 @@ struct llama_expert_config {
     llama_expert_io_mode io        = LLAMA_EXPERT_IO_AUTO;
     int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
     bool                 prefetch  = false; // read ahead what the next layer's router would choose
+    bool                 verify    = false; // compare every read with a checksum taken at load
 
     double route_bias = 0.0; // lossy: prefer experts in the cache, see llama-expert-bias.h; 0: off
     int    route_keep = 1;   // the router's first choices stay
@@ -98,6 +99,7 @@ private:
     size_t n_range = 0;
 
     bool fits(size_t n_bytes) const;
+    void verify();
     void allocate(int n_slots);
     void find_routers(const llama_model & model);
     void find_choosers(const llama_hparams & hparams);
