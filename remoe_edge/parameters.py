@@ -18,8 +18,17 @@ def model_path(text: str) -> Path:
     return Path(_EXISTING.convert(resolve(Path(text)), None, None))
 
 
+warm_option = click.option(
+    "--expert-cache-warm",
+    "warm",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="At the end write to FILE which experts are in the cache; at the start read those that FILE names.",
+)
+
+
 def cache_options(command: _Command) -> _Command:
-    """Options of one expert cache, as parameters `budget`, `policy`, `io`, `prefetch` and `cache_threads`."""
+    """Options of one expert cache, as parameters `budget`, `policy`, `io`, `prefetch`, `cache_threads` and `warm`."""
     options = (
         click.option(
             "--expert-cache",
@@ -38,6 +47,7 @@ def cache_options(command: _Command) -> _Command:
             help="Read ahead what the next layer's router would choose now. [default: off]",
         ),
         click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]"),
+        warm_option,
     )
     for option in reversed(options):
         command = option(command)

@@ -95,6 +95,7 @@ def command(
     io: str | None,
     prefetch: str | None,
     cache_threads: int | None,
+    warm: str | None,
     threads: int | None,
     n_ctx: int | None,
     temp: float,
@@ -118,9 +119,11 @@ def command(
     if budget == "off":
         refuse({"--policy": policy, "--io": io}, "with --expert-cache off")
         refuse({"--prefetch": prefetch, "--cache-threads": cache_threads}, "with --expert-cache off")
+        refuse({"--expert-cache-warm": warm}, "with --expert-cache off")
     if temp == 0:
         refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
-    config = CacheConfig(budget or ("auto" if has_experts(model) else "off"), policy, io, cache_threads, prefetch)
+    size = budget or ("auto" if has_experts(model) else "off")
+    config = CacheConfig(size, policy, io, cache_threads, prefetch, warm=warm)
     sensor = find_source(power).source
     sensor.close()
     with stderr_progress() as report:

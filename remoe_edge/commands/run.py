@@ -82,6 +82,7 @@ def command(
     route_bias: float | None,
     route_keep: int | None,
     cache_threads: int | None,
+    warm: str | None,
     threads: int | None,
     n_ctx: int | None,
     temp: float,
@@ -108,6 +109,7 @@ def command(
             "--prefetch": prefetch,
             "--route-bias": route_bias,
             "--cache-threads": cache_threads,
+            "--expert-cache-warm": warm,
         }
         refuse(given, "with --expert-cache off")
     check_route_bias([route_bias] if route_bias else [], route_keep, [prefetch] if prefetch else [])
@@ -125,6 +127,7 @@ def command(
         prefetch=prefetch,
         route_bias=route_bias,
         route_keep=route_keep,
+        warm=warm,
     )
     if route_bias and not config.enabled:
         raise RemoeError(f"{model}: has no experts to prefer; leave out --route-bias")

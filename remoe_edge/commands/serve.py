@@ -120,6 +120,7 @@ def command(
     io: str | None,
     prefetch: str | None,
     cache_threads: int | None,
+    warm: str | None,
     repack: str | None,
     n_ctx: int | None,
     slots: int,
@@ -154,6 +155,7 @@ def command(
             "--io": io,
             "--prefetch": prefetch,
             "--cache-threads": cache_threads,
+            "--expert-cache-warm": warm,
             "--repack": repack,
         }.items():
             if value is not None:
@@ -167,14 +169,14 @@ def command(
             f"warning: everyone who reaches {host}:{port} can use this server; give a key with --api-key-file or "
             f"${_KEY_VARIABLE}"
         )
-    configured = (budget, policy, io, prefetch, cache_threads, repack) != (None,) * 6
+    configured = (budget, policy, io, prefetch, cache_threads, repack, warm) != (None,) * 7
     with stderr_progress() as report:
         runtime = ensure_runtime(report=report)
         report("planning", None)
         plan = make_plan(
             Options(
                 model=model,
-                cache=CacheConfig(budget or "auto", policy, io, cache_threads, prefetch, repack)
+                cache=CacheConfig(budget or "auto", policy, io, cache_threads, prefetch, repack, warm=warm)
                 if configured
                 else None,
                 slots=slots,

@@ -69,6 +69,8 @@ class CacheConfig:
         Lossy (cache-prior, arXiv 2412.00099): when one token is evaluated alone, routers prefer experts in the cache by
         `route_bias`, above 0 and at most `MAX_ROUTE_BIAS`, times the mean range of their logits; their own first
         `route_keep` choices stay. None: routing is the model's own, and the output exact.
+    warm
+        A file: which experts have slots when the model is freed is written to it, and read at the next load.
     """
 
     budget: str = "auto"
@@ -79,6 +81,7 @@ class CacheConfig:
     repack: str | None = None
     route_bias: float | None = None
     route_keep: int | None = None
+    warm: str | None = None
 
     @property
     def enabled(self) -> bool:
@@ -104,6 +107,10 @@ class CacheInfo:
     route_bias: float | None = None
     """None: routing is the model's own. See `CacheConfig`."""
     route_keep: int | None = None
+    warm: str = ""
+    """Of `CacheConfig.warm`: "loaded", or why the start was cold."""
+    bytes_loaded: int = 0
+    """Read so far because of the load, not of a call; no counter has them."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,8 @@ class _Info(ctypes.Structure):
         *((name, ctypes.c_char_p) for name in ("policy", "io", "kernels", "prefetch")),
         ("route_bias", ctypes.c_double),
         ("route_keep", ctypes.c_int32),
+        ("warm", ctypes.c_char_p),
+        ("bytes_loaded", ctypes.c_uint64),
     )
 
 
@@ -163,6 +172,7 @@ def _llama() -> Any:
             ("llama_expert_cache_get_info", ctypes.c_bool, [pointer, pointer, ctypes.c_size_t]),
             ("llama_expert_cache_get_stats", ctypes.c_bool, [pointer, ctypes.c_int32, pointer, ctypes.c_size_t]),
             ("llama_expert_cache_reset_stats", None, [pointer]),
+            ("llama_expert_cache_wait", None, [pointer]),
             ("llama_expert_cache_last_error", ctypes.c_char_p, [pointer]),
             ("llama_expert_cache_flip_byte", ctypes.c_bool, [pointer, ctypes.c_int32]),
             ("llama_expert_trace_start", ctypes.c_bool, [pointer, ctypes.c_char_p, ctypes.c_bool]),
@@ -353,6 +363,10 @@ class Model:
 
     def reset_stats(self) -> None:
         _llama()._lib.llama_expert_cache_reset_stats(self._model)
+
+    def wait_loaded(self) -> None:
+        """Return when the experts that are read at load are there: all if they fit, else those of a hot set."""
+        _llama()._lib.llama_expert_cache_wait(self._model)
 
     def flip_byte(self, layer: int) -> bool:
         """For tests: invert one byte in a slot of an MoE layer; False if no slot of it holds an expert."""
@@ -621,6 +635,7 @@ def cache_overrides(config: CacheConfig) -> dict[str, str | int | float]:
         "expert_cache.repack": config.repack,
         "expert_cache.route_bias": config.route_bias,
         "expert_cache.route_keep": config.route_keep,
+        "expert_cache.warm": config.warm,
     }
     given = {key: value for key, value in values.items() if value is not None}
     for key, value in given.items():

@@ -18,6 +18,10 @@
 //   expert_cache.threads  int  reader threads
 //   expert_cache.prefetch str  "off", "router"
 //   expert_cache.repack   str  "auto", "on", "off"
+//   expert_cache.warm     str  a file: what has slots when the model is freed is written to it, and read at the next load
+//
+// With a budget that holds all experts they are read at load, in the order of the file, without calls having to wait for
+// it; with expert_cache.warm those that the file names are.
 //
 // and, at the price of the exactness:
 //
@@ -44,6 +48,8 @@ struct llama_expert_cache_info {
     const char * prefetch;      // "off", "router"
     double       route_bias;    // 0: routing is the model's own, the output exact
     int32_t      route_keep;
+    const char * warm;          // "": no expert_cache.warm; "loaded", or why the start was cold
+    uint64_t     bytes_loaded;  // read so far because of the load, not of a call: no counter has them
 };
 
 // counters since load or the last reset
@@ -67,6 +73,9 @@ LLAMA_API bool llama_expert_cache_get_info(const struct llama_model * model, str
 
 // counters of MoE layer il in [0, n_layers), or of all layers for il < 0; false if there is no such layer
 LLAMA_API bool llama_expert_cache_get_stats(const struct llama_model * model, int32_t il, struct llama_expert_cache_stats * stats, size_t size);
+
+// return when what is read at load has been read
+LLAMA_API void llama_expert_cache_wait(const struct llama_model * model);
 
 LLAMA_API void llama_expert_cache_reset_stats(struct llama_model * model);
 
