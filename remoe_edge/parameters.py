@@ -18,8 +18,17 @@ def model_path(text: str) -> Path:
     return Path(_EXISTING.convert(resolve(Path(text)), None, None))
 
 
+warm_option = click.option(
+    "--expert-cache-warm",
+    "warm",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="At the end write to FILE which experts are in the cache; at the start read those that FILE names.",
+)
+
+
 def cache_options(command: _Command) -> _Command:
-    """Options of one expert cache, as parameters `budget`, `policy`, `io`, `prefetch`, `cache_threads` and `verify`."""
+    """Options of one expert cache: parameters `budget`, `policy`, `io`, `prefetch`, `cache_threads`, `verify`, `warm`."""
     options = (
         click.option(
             "--expert-cache",
@@ -45,6 +54,7 @@ def cache_options(command: _Command) -> _Command:
             help="Compare every read with a checksum of the expert: wrong bytes are read once more, then are an error. "
             "Loading reads all experts once.",
         ),
+        warm_option,
     )
     for option in reversed(options):
         command = option(command)

@@ -114,6 +114,13 @@ _TABLE_WIDTH = 160
 )
 @click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
 @click.option(
+    "--expert-cache-warm",
+    "warm",
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Hot set (as `run --expert-cache-warm` writes it) that every cache run starts from; it stays as it is.",
+)
+@click.option(
     "--page-cache",
     type=click.Choice(PAGE_CACHES),
     default="cold",
@@ -158,6 +165,7 @@ def command(
     route_biases: tuple[float, ...],
     route_keep: int | None,
     cache_threads: int | None,
+    warm: Path | None,
     page_cache: str,
     power: str,
     cool_down: float,
@@ -187,6 +195,7 @@ def command(
         "--prefetch": prefetches,
         "--route-bias": route_biases,
         "--cache-threads": cache_threads,
+        "--expert-cache-warm": warm,
     }
     for flag, given in of_cache.items():
         if given and baselines and not budgets:
@@ -221,6 +230,7 @@ def command(
         route_biases=(None, *route_biases),
         route_keep=route_keep,
         cache_threads=cache_threads,
+        warm=warm,
         page_cache=page_cache,
         power=power,
         cool_down_s=cool_down,

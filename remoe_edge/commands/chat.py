@@ -96,6 +96,7 @@ def command(
     prefetch: str | None,
     cache_threads: int | None,
     verify: bool | None,
+    warm: str | None,
     threads: int | None,
     n_ctx: int | None,
     temp: float,
@@ -119,12 +120,18 @@ def command(
     if budget == "off":
         refuse({"--policy": policy, "--io": io}, "with --expert-cache off")
         refuse(
-            {"--prefetch": prefetch, "--cache-threads": cache_threads, "--verify": verify}, "with --expert-cache off"
+            {
+                "--prefetch": prefetch,
+                "--cache-threads": cache_threads,
+                "--verify": verify,
+                "--expert-cache-warm": warm,
+            },
+            "with --expert-cache off",
         )
     if temp == 0:
         refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
     budget = budget or ("auto" if has_experts(model) else "off")
-    config = CacheConfig(budget, policy, io, cache_threads, prefetch, verify=verify)
+    config = CacheConfig(budget, policy, io, cache_threads, prefetch, verify=verify, warm=warm)
     sensor = find_source(power).source
     sensor.close()
     with stderr_progress() as report:

@@ -83,6 +83,7 @@ def command(
     route_keep: int | None,
     cache_threads: int | None,
     verify: bool | None,
+    warm: str | None,
     threads: int | None,
     n_ctx: int | None,
     temp: float,
@@ -110,6 +111,7 @@ def command(
             "--route-bias": route_bias,
             "--cache-threads": cache_threads,
             "--verify": verify,
+            "--expert-cache-warm": warm,
         }
         refuse(given, "with --expert-cache off")
     check_route_bias([route_bias] if route_bias else [], route_keep, [prefetch] if prefetch else [])
@@ -128,6 +130,7 @@ def command(
         route_bias=route_bias,
         route_keep=route_keep,
         verify=verify,
+        warm=warm,
     )
     if route_bias and not config.enabled:
         raise RemoeError(f"{model}: has no experts to prefer; leave out --route-bias")

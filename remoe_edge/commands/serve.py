@@ -121,6 +121,7 @@ def command(
     prefetch: str | None,
     cache_threads: int | None,
     verify: bool | None,
+    warm: str | None,
     repack: str | None,
     n_ctx: int | None,
     slots: int,
@@ -156,6 +157,7 @@ def command(
             "--prefetch": prefetch,
             "--cache-threads": cache_threads,
             "--verify": verify,
+            "--expert-cache-warm": warm,
             "--repack": repack,
         }.items():
             if value is not None:
@@ -169,14 +171,16 @@ def command(
             f"warning: everyone who reaches {host}:{port} can use this server; give a key with --api-key-file or "
             f"${_KEY_VARIABLE}"
         )
-    configured = (budget, policy, io, prefetch, cache_threads, verify, repack) != (None,) * 7
+    configured = (budget, policy, io, prefetch, cache_threads, verify, repack, warm) != (None,) * 8
     with stderr_progress() as report:
         runtime = ensure_runtime(report=report)
         report("planning", None)
         plan = make_plan(
             Options(
                 model=model,
-                cache=CacheConfig(budget or "auto", policy, io, cache_threads, prefetch, repack, verify=verify)
+                cache=CacheConfig(
+                    budget or "auto", policy, io, cache_threads, prefetch, repack, verify=verify, warm=warm
+                )
                 if configured
                 else None,
                 slots=slots,

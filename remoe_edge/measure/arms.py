@@ -30,6 +30,8 @@ class Options:
         Of the expert cache: bytes ("880MiB"), slots per layer ("16s"), or "auto".
     policies, read_modes, prefetches, cache_threads
         Of the expert cache, as in `CacheConfig`; every budget is measured with every combination.
+    warm
+        Hot set that every run of the expert cache starts from; the file stays as it is.
     route_biases, route_keep
         Lossy: other experts are chosen than the model's, as in `CacheConfig`; None: the model's own. Every budget is
         measured with each.
@@ -63,6 +65,7 @@ class Options:
     route_biases: Sequence[float | None] = (None,)
     route_keep: int | None = None
     cache_threads: int | None = None
+    warm: Path | None = None
     page_cache: str = "cold"
     power: str = "auto"
     cool_down_s: float = 60.0
@@ -93,7 +96,7 @@ class Arm:
         parts = (self.name, self.budget, self.policy, self.read_mode, prefetch, bias, repacked)
         return f"{self.model.name}, {' '.join(part for part in parts if part)}"
 
-    def cache(self, threads: int | None) -> CacheConfig:
+    def cache(self, threads: int | None, warm: Path | None = None) -> CacheConfig:
         if self.budget is None:
             return CacheConfig("off")
         repack = "on" if self.repack else None
@@ -106,6 +109,7 @@ class Arm:
             repack,
             self.route_bias,
             self.route_keep,
+            None if warm is None else str(warm),
         )
 
 

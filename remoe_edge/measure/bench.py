@@ -94,6 +94,7 @@ def _plan(options: Options, arms: Sequence[Arm], fingerprints: list[str]) -> dic
         "page cache state": options.page_cache,
         "power sensor": options.power,
         "number of reader threads": options.cache_threads,
+        "hot set": None if options.warm is None else hashlib.sha256(options.warm.read_bytes()).hexdigest(),
         "runtime": runtime_fields()["runtime_key"],
         "device": runtime_fields()["device"],
     }
@@ -150,7 +151,7 @@ def _measure(
         prompt=prompt.text,
         n_gen=options.n_gen,
         n_threads=options.n_threads,
-        cache=arm.cache(options.cache_threads),
+        cache=arm.cache(options.cache_threads, options.warm),
         mmap=arm.name == "mmap",
         repack=arm.repack,
         chat=prompt.chat,

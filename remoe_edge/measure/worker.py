@@ -15,12 +15,14 @@ import json
 import os
 import resource
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -105,6 +107,8 @@ class DecodeRun:
     token_ns
         When each token was chosen, from the start of the prompt's evaluation; the first is the TTFT. The clock stands
         still while logits are hashed and counters are read.
+    load_ns
+        From the start of the load until decoding could begin: with a context, and with all experts where they fit.
     start_ns, pause_ns
         When the prompt's evaluation began on CLOCK_MONOTONIC, and how long the clock stood still after each token:
         token i was chosen at start_ns + token_ns[i] + sum(pause_ns[:i]).
@@ -141,6 +145,7 @@ class DecodeRun:
     model_params: int
     memory: dict[str, int]
     chat_template: bool = False
+    load_ns: int = 0
     start_ns: int = 0
     pause_ns: list[int] = field(default_factory=list)
     timer_ns: float = 0.0
@@ -180,7 +185,11 @@ def decode(job: Job, progress: Callable[[float], None] = lambda fraction: None) 
         _read_through(Path(name))
     memory = {"start": process_memory("self")}
     path = Path(job.model)
-    with load_model(path, job.cache, mmap=job.mmap, repack=job.repack) as model:
+    begin = time.monotonic_ns()
+    with (
+        _own_hot_set(job.cache) as cache,
+        load_model(path, cache, mmap=job.mmap, repack=job.repack) as model,
+    ):
         memory["loaded"] = process_memory("self")
         chat = job.chat and model.has_chat_template
         # A chat template writes out the special tokens itself.
@@ -190,8 +199,27 @@ def decode(job: Job, progress: Callable[[float], None] = lambda fraction: None) 
             raise RemoeError("the prompt is empty; give some text")
         n_ctx = len(prompt) + job.n_gen
         with model.session(n_ctx=n_ctx, n_batch=job.n_batch, n_ubatch=job.n_ubatch, n_threads=job.n_threads) as context:
+            info = context.info()
+            warm = info.warm if info else ""
+            if warm not in ("", "loaded", "all experts fit"):
+                raise RemoeError(f"{job.cache.warm}: the hot set cannot be used: {warm}")
+            if warm != "loaded":
+                # Where all experts fit, as in a resident run, decoding begins when they are there.
+                context.wait_loaded()
+            load_ns = time.monotonic_ns() - begin
             memory["ready"] = process_memory("self")
-            return replace(_generate(context, prompt, job.n_gen, memory, progress), chat_template=chat)
+            run = _generate(context, prompt, job.n_gen, memory, progress)
+            return replace(run, chat_template=chat, load_ns=load_ns)
+
+
+@contextmanager
+def _own_hot_set(cache: CacheConfig) -> Iterator[CacheConfig]:
+    """The same cache on a copy of its hot set: the runtime writes what is hot at the end."""
+    if cache.warm is None:
+        yield cache
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield replace(cache, warm=shutil.copy(cache.warm, Path(folder) / "hot"))
 
 
 def _generate(

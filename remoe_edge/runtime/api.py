@@ -51,7 +51,7 @@ class Llama(llama_cpp.Llama):
         Bytes ("880MiB", or a number), slots per layer ("16s"), "auto", or "off" for stock llama.cpp. "auto" is "off"
         for a model without experts.
     expert_cache_policy, expert_cache_io, expert_cache_threads, expert_cache_repack, expert_prefetch,
-    expert_cache_verify
+    expert_cache_verify, expert_cache_warm
         As in `CacheConfig`; named as the options of llama.cpp's tools. None leaves the choice to the runtime.
     n_threads, n_threads_batch
         By default the physical cores.
@@ -73,6 +73,7 @@ class Llama(llama_cpp.Llama):
         expert_cache_repack: str | None = None,
         expert_prefetch: str | None = None,
         expert_cache_verify: bool | None = None,
+        expert_cache_warm: str | os.PathLike[str] | None = None,
         kv_overrides: dict[str, bool | int | float | str] | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
@@ -94,6 +95,7 @@ class Llama(llama_cpp.Llama):
             expert_prefetch,
             expert_cache_repack,
             verify=expert_cache_verify,
+            warm=None if expert_cache_warm is None else os.fspath(expert_cache_warm),
         )
         with _load_errors(path, verbose):
             super().__init__(

@@ -73,6 +73,8 @@ class CacheConfig:
     verify
         Compare every read with a checksum of the expert: wrong bytes are read once more, then are an error. Checksums
         are taken at load, which reads all experts once, and are 8 bytes for each expert of a tensor.
+    warm
+        A file: which experts have slots when the model is freed is written to it, and read at the next load.
     """
 
     budget: str = "auto"
@@ -84,6 +86,7 @@ class CacheConfig:
     route_bias: float | None = None
     route_keep: int | None = None
     verify: bool | None = None
+    warm: str | None = None
 
     @property
     def enabled(self) -> bool:
@@ -110,6 +113,10 @@ class CacheInfo:
     """None: routing is the model's own. See `CacheConfig`."""
     route_keep: int | None = None
     verify: bool = False
+    warm: str = ""
+    """Of `CacheConfig.warm`: "loaded", or why the start was cold."""
+    bytes_loaded: int = 0
+    """Read so far because of the load, not of a call; no counter has them."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,8 @@ class _Info(ctypes.Structure):
         ("route_bias", ctypes.c_double),
         ("route_keep", ctypes.c_int32),
         ("verify", ctypes.c_int32),
+        ("warm", ctypes.c_char_p),
+        ("bytes_loaded", ctypes.c_uint64),
     )
 
 
@@ -172,6 +181,7 @@ def _llama() -> Any:
             ("llama_expert_cache_get_info", ctypes.c_bool, [pointer, pointer, ctypes.c_size_t]),
             ("llama_expert_cache_get_stats", ctypes.c_bool, [pointer, ctypes.c_int32, pointer, ctypes.c_size_t]),
             ("llama_expert_cache_reset_stats", None, [pointer]),
+            ("llama_expert_cache_wait", None, [pointer]),
             ("llama_expert_cache_last_error", ctypes.c_char_p, [pointer]),
             ("llama_expert_cache_flip_byte", ctypes.c_bool, [pointer, ctypes.c_int32]),
             ("llama_expert_trace_start", ctypes.c_bool, [pointer, ctypes.c_char_p, ctypes.c_bool]),
@@ -394,6 +404,10 @@ class Model:
 
     def reset_stats(self) -> None:
         _llama()._lib.llama_expert_cache_reset_stats(self._model)
+
+    def wait_loaded(self) -> None:
+        """Return when the experts that are read at load are there: all if they fit, else those of a hot set."""
+        _llama()._lib.llama_expert_cache_wait(self._model)
 
     def flip_byte(self, layer: int) -> bool:
         """For tests: invert one byte in a slot of an MoE layer; False if no slot of it holds an expert."""
@@ -666,6 +680,7 @@ def cache_overrides(config: CacheConfig) -> dict[str, str | int | float]:
         "expert_cache.route_bias": config.route_bias,
         "expert_cache.route_keep": config.route_keep,
         "expert_cache.verify": None if config.verify is None else "on" if config.verify else "off",
+        "expert_cache.warm": config.warm,
     }
     given = {key: value for key, value in values.items() if value is not None}
     for key, value in given.items():

@@ -87,8 +87,13 @@ def cache_text(info: CacheInfo | None, kernels: str) -> str:
         if info.route_bias is not None
         else ""
     )
+    start = {
+        "": "",
+        "loaded": f"\nwarm start: {format_size(info.bytes_loaded)} of the last run's experts",
+        "all experts fit": "\nthe hot set is not needed: all experts fit",
+    }.get(info.warm, f"\ncold start, the hot set was not used: {info.warm}")
     return (
         f"expert cache: {format_size(info.used)} of {format_size(info.budget)}, {info.n_slots} slots in each of "
         f"{info.n_layers} layers (floor {format_size(info.floor)}), policy {info.policy}, {info.io} reads with "
-        f"{info.n_threads} threads, {kernels} expert kernels{lossy}"
+        f"{info.n_threads} threads, {kernels} expert kernels{start}{lossy}"
     )

@@ -149,6 +149,7 @@ class Plan:
             "--expert-cache-threads": self.cache.threads,
             "--expert-prefetch": self.cache.prefetch,
             "--expert-cache-repack": self.cache.repack,
+            "--expert-cache-warm": self.cache.warm,
         }
         flags = {
             "--model": self.model,

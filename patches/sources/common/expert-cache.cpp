@@ -24,7 +24,7 @@ static llama_model_kv_override & find_or_add(std::vector<llama_model_kv_override
 void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, const std::string & key, const std::string & value) {
     auto & kv = find_or_add(overrides, key);
     if (value.size() >= sizeof(kv.val_str)) {
-        throw std::invalid_argument("the value of --expert-cache is too long: " + value);
+        throw std::invalid_argument("the value of an --expert-cache option is longer than 127 bytes: " + value + "\n");
     }
     kv.tag = LLAMA_KV_OVERRIDE_TYPE_STR;
     memset(kv.val_str, 0, sizeof(kv.val_str));
@@ -56,6 +56,9 @@ void common_expert_cache_from_env(std::vector<llama_model_kv_override> & overrid
     if (const char * value = std::getenv("LLAMA_ARG_EXPERT_CACHE_REPACK")) {
         common_expert_cache_set(overrides, "repack", value);
     }
+    if (const char * value = std::getenv("LLAMA_ARG_EXPERT_CACHE_WARM")) {
+        common_expert_cache_set(overrides, "warm", value);
+    }
     if (const char * value = std::getenv("LLAMA_ARG_EXPERT_PREFETCH")) {
         common_expert_cache_set(overrides, "prefetch", value);
     }
@@ -79,7 +82,7 @@ void common_expert_cache_check(const std::vector<llama_model_kv_override> & over
     const bool any    = std::any_of(overrides.begin(), overrides.end(), is_mine);
     const bool budget = std::any_of(overrides.begin(), overrides.end(), [](const auto & kv) { return PREFIX + "budget" == kv.key; });
     if (any && !budget) {
-        throw std::invalid_argument("error: --expert-cache-policy, -io, -threads, -repack, -verify, --expert-prefetch, --expert-route-bias and -keep have no effect without --expert-cache\n");
+        throw std::invalid_argument("error: --expert-cache-policy, -io, -threads, -repack, -verify, -warm, --expert-prefetch, --expert-route-bias and -keep have no effect without --expert-cache\n");
     }
 }
 

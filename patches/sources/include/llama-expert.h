@@ -20,6 +20,10 @@
 //   expert_cache.repack   str  "auto", "on", "off"
 //   expert_cache.verify   str  "off", "on": compare every read with a checksum of the expert. They are taken when the slots
 //                              are allocated, by reading all experts once, and are 8 bytes for each slice
+//   expert_cache.warm     str  a file: what has slots when the model is freed is written to it, and read at the next load
+//
+// With a budget that holds all experts they are read at load, in the order of the file, without calls having to wait for
+// it; with expert_cache.warm those that the file names are.
 //
 // and, at the price of the exactness:
 //
@@ -47,6 +51,8 @@ struct llama_expert_cache_info {
     double       route_bias;    // 0: routing is the model's own, the output exact
     int32_t      route_keep;
     int32_t      verify;        // 1: reads are compared with checksums
+    const char * warm;          // "": no expert_cache.warm; "loaded", or why the start was cold
+    uint64_t     bytes_loaded;  // read so far because of the load, not of a call: no counter has them
 };
 
 // counters since load or the last reset
@@ -71,6 +77,9 @@ LLAMA_API bool llama_expert_cache_get_info(const struct llama_model * model, str
 
 // counters of MoE layer il in [0, n_layers), or of all layers for il < 0; false if there is no such layer
 LLAMA_API bool llama_expert_cache_get_stats(const struct llama_model * model, int32_t il, struct llama_expert_cache_stats * stats, size_t size);
+
+// return when what is read at load has been read
+LLAMA_API void llama_expert_cache_wait(const struct llama_model * model);
 
 LLAMA_API void llama_expert_cache_reset_stats(struct llama_model * model);
 

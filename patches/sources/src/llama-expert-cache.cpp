@@ -4,7 +4,9 @@
 #include <cassert>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
+#include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -233,7 +235,7 @@ void llama_expert_cache::enqueue(int ig, int it, int slot, int expert) {
     // the tensor that the graph needs first is read first
     const auto rank = [&g](int it) { return std::find(g.order.begin(), g.order.end(), it); };
     const auto pos  = std::find_if(queue.begin(), queue.end(), [&](const request & r) { return rank(r.tensor) > rank(it); });
-    queue.insert(pos, { ig, it, slot, expert, false });
+    queue.insert(pos, { ig, it, slot, expert, false, false });
 }
 
 // after a streamed or failed call: keep the slots whose slices agree
@@ -289,8 +291,13 @@ void llama_expert_cache::end_ahead(group & g, const std::vector<bool> & needed) 
     }
 }
 
-// the slot of a free expert, else of the one that the policy values least; experts of the last call keep theirs, and so
-// do those that are read ahead; -1: none can be had
+// whether a read into the slot is queued or running
+bool llama_expert_cache::in_flight(const group & g, int slot) const {
+    return std::any_of(g.tensors.begin(), g.tensors.end(), [slot](const tensor & t) { return t.slices[slot].state == SLICE_LOADING; });
+}
+
+// a free slot, else that of the expert that the policy values least; experts of the last call keep theirs, and so do those
+// that are read ahead or being loaded; -1: none can be had
 int llama_expert_cache::find_slot(const group & g, const std::vector<bool> & keep) const {
     int res = -1;
     for (int slot = 0; slot < (int) g.expert_of.size(); slot++) {
@@ -301,7 +308,7 @@ int llama_expert_cache::find_slot(const group & g, const std::vector<bool> & kee
         if (!keep.empty() && keep[expert]) {
             continue;
         }
-        if (g.slot[expert] == -1 && !g.ahead[slot] && (res == -1 || g.ranking->less_valuable(expert, g.expert_of[res]))) {
+        if (g.slot[expert] == -1 && !g.ahead[slot] && !in_flight(g, slot) && (res == -1 || g.ranking->less_valuable(expert, g.expert_of[res]))) {
             res = slot;
         }
     }
@@ -332,6 +339,10 @@ void llama_expert_cache::start_call(std::unique_lock<std::mutex> & lock, int ig,
     if (ahead.group == ig) {
         ahead.group = -1;
     }
+    if (streamed) {
+        // all slots will be written anew
+        loads.erase(std::remove_if(loads.begin(), loads.end(), [ig](const request & r) { return r.group == ig; }), loads.end());
+    }
     // reads of a call that did not come to its end; nothing may move under a read
     cv_ready.wait(lock, [&] { return g.n_loading == 0 && (g.n_ahead == 0 || (!g.dirty && !streamed)); });
 
@@ -360,9 +371,12 @@ void llama_expert_cache::start_call(std::unique_lock<std::mutex> & lock, int ig,
     g.n_ops        = 0;
     g.streamed     = streamed;
 
-    touch(g, ids);
+    if (g.expert_of.size() < g.slot_of.size()) {
+        touch(g, ids); // else nothing is ever evicted
+    }
 
     if (counting) {
+        called = true;
         g.counters.calls++;
         g.counters.calls_streamed += g.streamed;
         g.counters.hits += g.needed.size() - g.misses.size();
@@ -387,7 +401,7 @@ void llama_expert_cache::plan_resident(std::unique_lock<std::mutex> & lock, int 
     for (const int expert : g.misses) {
         int slot = find_slot(g);
         if (slot == -1) {
-            // the slots that are left are being filled with experts that were expected and are not needed
+            // the slots that are left are being filled with experts that were expected, or loaded, and are not needed
             cv_ready.wait(lock, [&g] { return g.n_ahead == 0; });
             std::vector<bool> is_needed(g.desc.n_expert, false);
             for (const int e : g.needed) {
@@ -645,10 +659,10 @@ void llama_expert_cache::read_ahead(int ig, std::vector<int> experts) {
     }
 }
 
-// the next read: what is demanded, else what is expected
+// the next read: what is demanded, else what is expected, else what is to be loaded
 bool llama_expert_cache::take(request & r) {
     if (queue.empty()) {
-        return take_ahead(r);
+        return take_ahead(r) || take_load(r);
     }
     r = queue.front();
     queue.pop_front();
@@ -684,7 +698,7 @@ bool llama_expert_cache::take_ahead(request & r) {
                 s.ahead = true;
                 g.n_ahead++;
                 n_reading_ahead++;
-                r = { ahead.group, it, slot, expert, true };
+                r = { ahead.group, it, slot, expert, true, false };
                 return true;
             }
         }
@@ -693,6 +707,105 @@ bool llama_expert_cache::take_ahead(request & r) {
     ahead.group = -1;
 
     return false;
+}
+
+//
+// loading
+//
+
+void llama_expert_cache::load(const std::vector<std::vector<int>> & experts) {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    for (int ig = 0; ig < (int) groups.size(); ig++) {
+        const group & g = groups[ig];
+        const size_t  n = std::min(experts[ig].size(), g.expert_of.size());
+        for (int it = 0; it < (int) g.tensors.size(); it++) {
+            for (size_t i = 0; i < n; i++) {
+                loads.push_back({ ig, it, -1, experts[ig][i], true, true });
+            }
+        }
+    }
+    const auto place = [this](const request & r) {
+        const auto & desc = groups[r.group].tensors[r.tensor].desc;
+        return std::make_pair(desc.file, desc.offs + r.expert * desc.size);
+    };
+    std::sort(loads.begin(), loads.end(), [&](const request & a, const request & b) { return place(a) < place(b); });
+    cv_work.notify_all();
+}
+
+bool llama_expert_cache::take_load(request & r) {
+    // before the first call nobody has to wait behind these
+    if (called && n_reading_ahead >= std::max(1, n_readers / 2)) {
+        return false;
+    }
+    while (!loads.empty()) {
+        r = loads.front();
+        loads.pop_front();
+
+        group & g = groups[r.group];
+        if (!g.dirty && g.slot_of[r.expert] == -1) {
+            const auto slot = std::find(g.expert_of.begin(), g.expert_of.end(), -1);
+            if (slot != g.expert_of.end()) {
+                place(g, slot - g.expert_of.begin(), r.expert);
+            }
+        }
+        r.slot = g.slot_of[r.expert];
+        if (g.dirty || r.slot == -1) {
+            continue;
+        }
+        slice & s = g.tensors[r.tensor].slices[r.slot];
+        if (s.state == SLICE_EMPTY) {
+            s.state = SLICE_LOADING;
+            g.n_ahead++;
+            n_reading_ahead++;
+            n_reading_load++;
+            return true;
+        }
+    }
+    if (n_reading_load == 0) {
+        cv_ready.notify_all();
+    }
+    return false;
+}
+
+void llama_expert_cache::wait_loaded() {
+    std::unique_lock<std::mutex> lock(mutex);
+
+    cv_ready.wait(lock, [this] { return loads.empty() && n_reading_load == 0; });
+}
+
+size_t llama_expert_cache::bytes_loaded() const {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    return n_bytes_loaded;
+}
+
+bool llama_expert_cache::used() const {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    return called;
+}
+
+std::vector<std::vector<int>> llama_expert_cache::hot() {
+    std::unique_lock<std::mutex> lock(mutex);
+
+    std::vector<std::vector<int>> res(groups.size());
+    for (size_t ig = 0; ig < groups.size(); ig++) {
+        group & g = groups[ig];
+        if (g.dirty) {
+            cv_ready.wait(lock, [&g] { return g.n_loading == 0 && g.n_ahead == 0; });
+            settle(g);
+        }
+        std::copy_if(g.expert_of.begin(), g.expert_of.end(), std::back_inserter(res[ig]), [](int e) { return e != -1; });
+        std::sort(res[ig].begin(), res[ig].end(), [&g](int a, int b) { return g.ranking->less_valuable(b, a); });
+    }
+    for (const auto & r : loads) {
+        auto & experts = res[r.group];
+        if (experts.size() < groups[r.group].expert_of.size() && std::find(experts.begin(), experts.end(), r.expert) == experts.end()) {
+            experts.push_back(r.expert);
+        }
+    }
+    return res;
 }
 
 std::string llama_expert_cache::read(const request & r, int ir, int & n_wrong) const {
@@ -747,10 +860,13 @@ void llama_expert_cache::reader_main(int ir) {
         (r.ahead ? g.n_ahead : g.n_loading)--;
         n_reading_ahead -= r.ahead;
         g.counters.reads_wrong += counting ? n_wrong : 0;
+        n_reading_load -= r.load;
 
         if (err.empty()) {
             s.state = SLICE_READY;
-            if (counting) {
+            if (r.load) {
+                n_bytes_loaded += t.desc.size;
+            } else if (counting) {
                 g.counters.reads++;
                 (r.ahead ? g.counters.bytes_ahead : g.counters.bytes_demand) += t.desc.size;
                 g.counters.read_ns += t_read;
@@ -776,7 +892,7 @@ void llama_expert_cache::reader_main(int ir) {
             }
         }
 
-        if (in_op || g.n_loading == 0 || g.n_ahead == 0) {
+        if (in_op || g.n_loading == 0 || g.n_ahead == 0 || (r.load && loads.empty())) {
             cv_ready.notify_all();
         }
     }

@@ -44,6 +44,11 @@
 // slot is taken at the moment in which a read starts: what has not started when the call comes is forgotten, what has
 // started and is needed counts as a hit, an expert that is not whole and not needed gives its slot back.
 //
+// Loading: before the first call the owner may name experts that are to be in slots. They are read in the order of the
+// file, when nothing is demanded or expected, into slots that are free; calls need not wait for the end of that. An
+// expert has its slot as soon as the read of its first slice starts, and a call that needs it then demands the slices that
+// have not been read. What finds no free slot any more, or a layer that has been streamed, is left out.
+//
 // A tensor may want its experts in another layout than the file has (repacked for the kernels of this CPU): they are read
 // into a staging buffer of the reader and transformed into the slot. Others are read into the slot without a copy.
 //
@@ -126,6 +131,9 @@ public:
 
     bool transforms() const { return n_staging > 0; }
 
+    // whether every expert has a slot of its own
+    bool holds_all() const { return slots_per_layer > 0 && slots_per_layer == n_slots_max(); }
+
     int n_slots() const { return slots_per_layer; }
     int n_groups() const { return (int) groups.size(); }
 
@@ -150,6 +158,21 @@ public:
 
     // the experts that group ig will probably need at its next call, most likely first; the last word counts
     void read_ahead(int ig, std::vector<int> experts);
+
+    // load these experts, [n_groups] the most valuable first, as many as there are free slots
+    void load(const std::vector<std::vector<int>> & experts);
+
+    // return when what load() was given has been read, or could not be
+    void wait_loaded();
+
+    // bytes that load() has read so far; no counter has them, because no call has asked for them
+    size_t bytes_loaded() const;
+
+    // [n_groups] the experts that have slots, and those that are still to be loaded, the most valuable first
+    std::vector<std::vector<int>> hot();
+
+    // whether a call has counted
+    bool used() const;
 
     // il < 0: all layers
     llama_expert_counters counters(int il) const;
@@ -222,7 +245,8 @@ private:
         int slot;
         int expert;
 
-        bool ahead;
+        bool ahead; // not demanded
+        bool load;  // of load(); the slot is not known before the read starts
     };
 
     // what to read when nothing is demanded
@@ -265,7 +289,11 @@ private:
 
     std::deque<request>      queue;
     forecast                 ahead;
-    int                      n_reading_ahead = 0; // reads ahead that are running, of all groups
+    std::deque<request>      loads;               // in the order of the files
+    int                      n_reading_ahead = 0; // reads that were not demanded and are running, of all groups
+    int                      n_reading_load  = 0; // of these, reads of load()
+    size_t                   n_bytes_loaded  = 0;
+    bool                     called          = false;
     std::vector<std::thread> readers;
     bool                     stop = false;
 
@@ -296,10 +324,12 @@ private:
     void start_call(std::unique_lock<std::mutex> & lock, int ig, const id_view & ids, std::vector<int> && needed);
     void touch(group & g, const id_view & ids);
     void end_ahead(group & g, const std::vector<bool> & needed);
+    bool in_flight(const group & g, int slot) const;
     int  find_slot(const group & g, const std::vector<bool> & keep = {}) const;
     void place(group & g, int slot, int expert);
     bool take(request & r);
     bool take_ahead(request & r);
+    bool take_load(request & r);
     void plan_resident(std::unique_lock<std::mutex> & lock, int ig);
     void plan_streamed(int ig);
     void issue_streamed(int ig, int it);

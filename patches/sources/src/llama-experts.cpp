@@ -16,6 +16,7 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 
 #ifdef __linux__
@@ -80,6 +81,8 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
                 throw std::runtime_error("unknown value '" + value + "' for verifying experts, use on or off");
             }
             res.verify = value == "on";
+        } else if (key == "expert_cache.warm") {
+            res.warm = override_str(kv);
         } else if (key == "expert_cache.route_bias") {
             if (kv.tag != LLAMA_KV_OVERRIDE_TYPE_FLOAT || !(kv.val_f64 > 0.0) || kv.val_f64 > 4.0) {
                 throw std::runtime_error("expert_cache.route_bias must be a number above 0, at most 4; without it routing is the model's own");
@@ -272,6 +275,11 @@ llama_experts::llama_experts(const llama_expert_config & config) : config(config
 }
 
 llama_experts::~llama_experts() {
+    try {
+        write_hot_set();
+    } catch (const std::exception & e) {
+        LLAMA_LOG_WARN("%s: expert cache: %s was not written: %s\n", __func__, config.warm.c_str(), e.what());
+    }
     cache.reset();
 #ifdef __linux__
     if (range != nullptr) {
@@ -364,6 +372,9 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
     if (config.verify) {
         verify();
     }
+    if (!config.warm.empty()) {
+        read_hot_set(ml);
+    }
 
     if (config.budget != "auto") {
         const budget_spec spec = parse_budget(config.budget);
@@ -418,6 +429,105 @@ void llama_experts::allocate(int n_slots) {
         LLAMA_LOG_WARN("%s: expert cache: ROUTE BIAS %g: tokens that come one at a time prefer experts in the cache, the router's first %d stay: the output is not the model's own\n", __func__,
             config.route_bias, config.route_keep);
     }
+    load_experts();
+}
+
+//
+// loading ahead of all calls
+//
+
+// what makes experts of the same name the same: their number and size, and the routers that choose them
+static uint64_t identity(const llama_expert_files & files, const llama_model_loader & ml, const std::vector<std::vector<const ggml_tensor *>> & tensors) {
+    static constexpr size_t N_ROUTER = 4096; // of its bytes
+
+    std::vector<uint8_t> room(3 * LLAMA_EXPERT_IO_ALIGN + N_ROUTER);
+    uint8_t *            page = room.data() + LLAMA_EXPERT_IO_ALIGN - (uintptr_t) room.data() % LLAMA_EXPERT_IO_ALIGN;
+
+    uint64_t   res = LLAMA_EXPERT_HASH_START;
+    const auto add = [&res](const std::string & text) { res = llama_expert_hash(res, text.c_str(), text.size() + 1); };
+    for (const auto & group : tensors) {
+        for (const ggml_tensor * t : group) {
+            add(t->name);
+            add(std::to_string(t->ne[2]));
+            add(std::to_string(t->nb[2]));
+        }
+        const std::string name   = group[0]->name;
+        const auto *      router = ml.get_weight((name.substr(0, name.find(".ffn_")) + ".ffn_gate_inp.weight").c_str());
+        if (router == nullptr) {
+            continue;
+        }
+        const size_t n = std::min(ggml_nbytes(router->tensor), N_ROUTER);
+        if (const std::string err = files.read(router->idx, router->offs, n, page); !err.empty()) {
+            throw std::runtime_error(files.name(router->idx) + ": cannot read the router of " + name + ": " + err);
+        }
+        res = llama_expert_hash(res, page + router->offs % LLAMA_EXPERT_IO_ALIGN, n);
+    }
+    return res;
+}
+
+void llama_experts::read_hot_set(const llama_model_loader & ml) {
+    std::vector<int> n_experts;
+    for (const auto & group : tensors) {
+        n_experts.push_back(group[0]->ne[2]);
+    }
+    const uint64_t model   = identity(*files, ml, tensors);
+    bool           missing = false;
+
+    warm_state = llama_expert_hot_set_read(config.warm, model, n_experts, hot, missing);
+    hot.model  = model;
+    if (missing) {
+        if (const std::string err = llama_expert_hot_set_writable(config.warm); !err.empty()) {
+            throw std::runtime_error("the hot set " + config.warm + " is not there and cannot be written: " + err);
+        }
+        warm_state = "there is no such file yet";
+        LLAMA_LOG_INFO("%s: expert cache: starts cold, %s will be written when the model is freed\n", __func__, config.warm.c_str());
+    } else if (!warm_state.empty()) {
+        LLAMA_LOG_WARN("%s: expert cache: starts cold, %s cannot be used: %s\n", __func__, config.warm.c_str(), warm_state.c_str());
+    } else {
+        warm_state = "loaded";
+    }
+}
+
+// all experts if they fit, else the hot set
+void llama_experts::load_experts() {
+    std::vector<std::vector<int>> experts = hot.experts;
+    if (cache->holds_all()) {
+        experts.clear();
+        for (const auto & group : tensors) {
+            experts.emplace_back(group[0]->ne[2]);
+            std::iota(experts.back().begin(), experts.back().end(), 0);
+        }
+        if (!config.warm.empty()) {
+            warm_state = "all experts fit";
+        }
+    }
+    if (experts.empty()) {
+        return;
+    }
+    size_t n = 0;
+    for (const auto & group : experts) {
+        n += std::min<size_t>(group.size(), cache->n_slots());
+    }
+    LLAMA_LOG_INFO("%s: expert cache: %zu experts are read now: %s\n", __func__, n, cache->holds_all() ? "all of them fit" : config.warm.c_str());
+
+    cache->load(experts);
+    if (!choosers.empty()) {
+        cache->wait_loaded(); // what is there decides about the output, the time that reads take must not
+    }
+}
+
+// where all experts fit nothing was hotter than the rest
+void llama_experts::write_hot_set() {
+    if (config.warm.empty() || !cache || cache->holds_all() || !cache->used()) {
+        return;
+    }
+    hot.experts = cache->hot();
+
+    const std::string err = llama_expert_hot_set_write(config.warm, hot);
+    if (!err.empty()) {
+        throw std::runtime_error(err);
+    }
+    LLAMA_LOG_INFO("%s: expert cache: %s written\n", __func__, config.warm.c_str());
 }
 
 void llama_experts::on_context(const llama_model & model, size_t n_compute) {
@@ -595,6 +705,8 @@ bool llama_expert_cache_get_info(const llama_model * model, llama_expert_cache_i
     res.route_bias              = experts.config.route_bias;
     res.route_keep              = experts.config.route_bias > 0.0 ? experts.config.route_keep : 0;
     res.verify                  = cache.verifies();
+    res.warm                    = experts.warm_state.c_str();
+    res.bytes_loaded            = cache.bytes_loaded();
     memcpy(info, &res, std::min(size, sizeof(res)));
 
     return true;
@@ -623,6 +735,12 @@ bool llama_expert_cache_get_stats(const llama_model * model, int32_t il, llama_e
     memcpy(stats, &res, std::min(size, sizeof(res)));
 
     return true;
+}
+
+void llama_expert_cache_wait(const llama_model * model) {
+    if (model->experts && model->experts->cache) {
+        model->experts->cache->wait_loaded();
+    }
 }
 
 void llama_expert_cache_reset_stats(llama_model * model) {

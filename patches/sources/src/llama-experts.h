@@ -3,6 +3,7 @@
 #include "llama-expert-bias.h"
 #include "llama-expert-cache.h"
 #include "llama-expert-forecast.h"
+#include "llama-expert-warm.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -26,6 +27,8 @@ struct llama_expert_config {
     int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
     bool                 prefetch  = false; // read ahead what the next layer's router would choose
     bool                 verify    = false; // compare every read with a checksum taken at load
+
+    std::string warm; // file of the hot set: read at load, written when the model is freed; "": none
 
     double route_bias = 0.0; // lossy: prefer experts in the cache, see llama-expert-bias.h; 0: off
     int    route_keep = 1;   // the router's first choices stay
@@ -70,6 +73,7 @@ struct llama_experts {
 
     llama_expert_config config;
     size_t              budget = 0; // bytes
+    std::string         warm_state; // "loaded" or why the start was cold; "" without config.warm
 
     std::unique_ptr<llama_expert_files> files; // outlives the cache
     std::unique_ptr<llama_expert_cache> cache;
@@ -93,6 +97,8 @@ private:
     std::vector<llama_expert_router>               routers; // [group], empty: no prefetch
     std::vector<chooser>                           choosers; // [group], empty: no route bias
 
+    llama_expert_hot_set hot; // as read
+
     int n_expert_max = 0;
 
     void * range   = nullptr; // reserved addresses
@@ -101,6 +107,9 @@ private:
     bool fits(size_t n_bytes) const;
     void verify();
     void allocate(int n_slots);
+    void read_hot_set(const llama_model_loader & ml);
+    void load_experts();
+    void write_hot_set();
     void find_routers(const llama_model & model);
     void find_choosers(const llama_hparams & hparams);
     void prefetch(int group, const ggml_tensor * input);

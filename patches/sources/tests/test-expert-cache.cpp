@@ -2,6 +2,7 @@
 
 #include "../src/llama-expert-bias.h"
 #include "../src/llama-expert-forecast.h"
+#include "../src/llama-expert-warm.h"
 
 #include "test-expert-file.h"
 
@@ -163,6 +164,209 @@ static void test_ahead_fault(test_file & file, llama_expert_io_mode io) {
 
     file.write_out();
     run_call(cache, file, il, { 0, 1, 2, 14 }, K, 2);
+}
+
+// experts are loaded before the first call, or while calls run: they are hits, no counter has their bytes, and what they
+// take from a call is nothing
+static void test_load(const test_file & file, llama_expert_io_mode io) {
+    size_t n_expert_bytes = 0;
+    for (const auto & t : file.groups[0].tensors) {
+        n_expert_bytes += t.size;
+    }
+    for (const int n_slots : { K, 6, 9, N_EXPERT }) {
+        for (const int n_readers : { 1, 4 }) {
+            for (const bool wait : { true, false }) {
+                llama_expert_files files({ file.fd }, io);
+                llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_NEXT_USE, n_readers);
+                cache.allocate(n_slots);
+                assert(cache.holds_all() == (n_slots == N_EXPERT) && !cache.used());
+
+                // more than there is room for: the first ones count
+                std::vector<std::vector<int>> experts(N_LAYERS);
+                for (int i = 0; i < N_EXPERT; i++) {
+                    for (int il = 0; il < N_LAYERS; il++) {
+                        experts[il].push_back((7 * i + il) % N_EXPERT);
+                    }
+                }
+                cache.load(experts);
+
+                router route(n_slots + n_readers);
+                if (wait) {
+                    cache.wait_loaded();
+                    for (int il = 0; il < N_LAYERS; il++) {
+                        const auto here = cache.resident(il);
+                        for (int i = 0; i < N_EXPERT; i++) {
+                            assert(here[experts[il][i]] == (i < n_slots));
+                        }
+                        auto hot = cache.hot()[il];
+                        std::sort(hot.begin(), hot.end());
+                        auto wanted = std::vector<int>(experts[il].begin(), experts[il].begin() + n_slots);
+                        std::sort(wanted.begin(), wanted.end());
+                        assert(hot == wanted);
+                    }
+                    const std::vector<int32_t> ids(experts[0].begin(), experts[0].begin() + K);
+                    run_call(cache, file, 0, ids, K, 2);
+
+                    const auto c = cache.counters(-1);
+                    assert(c.hits == K && c.misses == 0 && c.reads == 0 && c.bytes_demand == 0 && c.bytes_ahead == 0 && c.read_ns == 0);
+                    assert(cache.bytes_loaded() >= n_slots * N_LAYERS * n_expert_bytes); // later layers have larger slices
+                    assert(cache.used());
+                }
+                for (int t = 0; t < 21; t++) {
+                    for (int il = 0; il < N_LAYERS; il++) {
+                        std::vector<int32_t> ids;
+                        for (int i = 0; i < (t % 10 == 3 ? 10 : 1); i++) { // now and then a call that streams
+                            const auto token = route.token(il);
+                            ids.insert(ids.end(), token.begin(), token.end());
+                        }
+                        if (t % 4 == 1) {
+                            cache.read_ahead(il, { (int) (route.rng() % N_EXPERT), (int) (route.rng() % N_EXPERT) });
+                        }
+                        run_call(cache, file, il, ids, K, 1 + t % 3);
+                        if (t % 7 == 5) {
+                            cache.load(experts); // nothing may break where a load meets calls
+                        }
+                    }
+                }
+                cache.wait_loaded();
+                for (const auto & hot : cache.hot()) {
+                    assert(hot.size() <= (size_t) n_slots && std::set<int>(hot.begin(), hot.end()).size() == hot.size());
+                }
+                if (n_slots == N_EXPERT && wait) {
+                    assert(cache.counters(-1).misses == 0 && cache.counters(-1).evictions == 0);
+                }
+            }
+        }
+    }
+}
+
+// what cannot be loaded is nobody's error until somebody asks for it; a cache that goes does not wait for what is left
+static void test_load_fault(test_file & file, llama_expert_io_mode io) {
+    const int    il   = N_LAYERS - 1;
+    const auto & last = file.groups[il].tensors[N_TENSORS - 1];
+
+    std::vector<std::vector<int>> experts(N_LAYERS, std::vector<int>{ 0, 1, 2, 3, 14, 15 });
+    {
+        llama_expert_files files({ file.fd }, io);
+        llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 2);
+        cache.allocate(8);
+
+        assert(truncate(file.path.c_str(), last.offs + 14 * last.size + 100) == 0);
+        cache.load(experts);
+        cache.wait_loaded();
+        assert(cache.last_error()[0] == '\0');
+
+        run_call(cache, file, il, { 0, 1, 2, 3 }, K, 2);
+        run_op(cache, file, il, 0, { 0, 1, 2, 14 }, K, 2);
+        run_op(cache, file, il, 1, { 0, 1, 2, 14 }, K, 2);
+        assert(run_op(cache, file, il, 2, { 0, 1, 2, 14 }, K, 2).back() == -2);
+        assert(std::string(cache.last_error()).find("expert 14") != std::string::npos);
+
+        file.write_out();
+        run_call(cache, file, il, { 0, 1, 2, 14 }, K, 2);
+    }
+    for (int i = 0; i < 20; i++) {
+        llama_expert_files files({ file.fd }, io);
+        llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 2);
+        cache.allocate(8);
+        cache.load(experts);
+        for (const auto & hot : cache.hot()) {
+            assert(std::set<int>(hot.begin(), hot.end()) == std::set<int>(experts[0].begin(), experts[0].end()));
+        }
+    }
+}
+
+static void put(const std::string & path, const std::string & text) {
+    unlink(path.c_str()); // file systems flush what takes the place of other content
+    FILE * f = fopen(path.c_str(), "wb");
+    assert(f && fwrite(text.data(), 1, text.size(), f) == text.size());
+    fclose(f);
+}
+
+static std::string get(const std::string & path) {
+    std::string res;
+    FILE *      f = fopen(path.c_str(), "rb");
+    assert(f);
+    for (int c = fgetc(f); c != EOF; c = fgetc(f)) {
+        res.push_back((char) c);
+    }
+    fclose(f);
+    return res;
+}
+
+static void test_hot_set() {
+    const std::string          path = "test-expert-cache-" + std::to_string(getpid()) + ".hot";
+    const std::vector<int>     n_experts{ 16, 16, 8 };
+    const llama_expert_hot_set hot = {
+        0x0123456789abcdefull,
+        { { 3, 14, 1 }, {}, { 7 } }
+    };
+    llama_expert_hot_set got;
+    bool                 missing = false;
+
+    const auto read = [&] { return llama_expert_hot_set_read(path, hot.model, n_experts, got, missing); };
+
+    assert(!read().empty() && missing);
+    assert(llama_expert_hot_set_writable(path).empty());
+    assert(!llama_expert_hot_set_writable("no/such/folder/file").empty());
+    assert(!llama_expert_hot_set_write("no/such/folder/file", hot).empty());
+
+    assert(llama_expert_hot_set_write(path, hot).empty());
+    const std::string text = get(path);
+    assert(text == "remoe-edge hot set 1\nmodel 0123456789abcdef\nlayers 3\n3 14 1\n\n7\nend\n");
+    assert(read().empty() && !missing && got.model == hot.model && got.experts == hot.experts);
+
+    // cut off anywhere, or with anything changed to something else: refused, or another hot set of this very model
+    std::mt19937 rng(1);
+    for (size_t n = 0; n < text.size(); n++) {
+        put(path, text.substr(0, n));
+        assert(!read().empty() && !missing && got.experts.empty());
+    }
+    for (int i = 0; i < 2000; i++) {
+        std::string other = text;
+        for (int k = 0; k < 1 + i % 3; k++) {
+            const char c = i % 2 ? (char) rng() : "0123456789 \n-"[rng() % 13];
+            switch (rng() % 3) {
+                case 0: other[rng() % other.size()] = c; break;
+                case 1: other.insert(rng() % other.size(), 1, c); break;
+                case 2: other.erase(rng() % other.size(), 1); break;
+            }
+        }
+        put(path, other);
+        if (read().empty()) {
+            assert(got.experts.size() == 3);
+            for (int il = 0; il < 3; il++) {
+                for (const int e : got.experts[il]) {
+                    assert(e >= 0 && e < n_experts[il]);
+                }
+                assert(std::set<int>(got.experts[il].begin(), got.experts[il].end()).size() == got.experts[il].size());
+            }
+        }
+    }
+    for (const auto & [bad, why] : std::map<std::string, std::string>{
+             { "remoe-edge hot set 2" + text.substr(20),                                            "its version is not 1"             },
+             { "remoe-edge hot set 1\nmodel ffffffffffffffff\nlayers 3\n\n\n\nend\n",               "it was written for another model" },
+             { "remoe-edge hot set 1\nmodel 0123456789abcdef\nlayers 3\n16\n\n\nend\n",             "it is damaged"                    },
+             { "remoe-edge hot set 1\nmodel 0123456789abcdef\nlayers 3\n1 1\n\n\nend\n",            "it is damaged"                    },
+             { "remoe-edge hot set 1\nmodel 0123456789abcdef\nlayers 3\n99999999999999\n\n\nend\n", "it is damaged"                    },
+             { "something else",                                                                    "it is not a hot set"              },
+    }) {
+        put(path, bad);
+        assert(read() == why);
+    }
+
+    // a damaged one is written anew, anything else stays
+    put(path, text.substr(0, 30));
+    assert(llama_expert_hot_set_write(path, hot).empty() && get(path) == text);
+    put(path, "something else");
+    assert(!llama_expert_hot_set_write(path, hot).empty() && get(path) == "something else");
+    unlink(path.c_str());
+    assert(mkfifo(path.c_str(), 0600) == 0);
+    assert(read() == "it is not a regular file" && !llama_expert_hot_set_write(path, hot).empty());
+    unlink(path.c_str());
+    assert(mkdir(path.c_str(), 0700) == 0);
+    assert(!read().empty() && !llama_expert_hot_set_write(path, hot).empty());
+    rmdir(path.c_str());
 }
 
 static void test_forecast() {
@@ -407,6 +611,7 @@ int main() {
 
     test_forecast();
     test_bias();
+    test_hot_set();
     for (const auto io : { LLAMA_EXPERT_IO_DIRECT, LLAMA_EXPERT_IO_MMAP }) {
         for (const bool aligned : { false, true }) {
             test_file file(aligned);
@@ -416,6 +621,8 @@ int main() {
             test_decode(file, io);
             test_ahead(file, io);
             test_ahead_fault(file, io);
+            test_load(file, io);
+            test_load_fault(file, io);
             test_prefill(file, io);
             test_resident(file, io);
             test_cut(file, io);
