@@ -28,7 +28,7 @@ warm_option = click.option(
 
 
 def cache_options(command: _Command) -> _Command:
-    """Options of one expert cache: parameters `budget`, `policy`, `io`, `prefetch`, `cache_threads`, `verify`, `warm`."""
+    """Options of one expert cache: budget, policy, io, prefetch, cache_threads, verify, warm."""
     options = (
         click.option(
             "--expert-cache",

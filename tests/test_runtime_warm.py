@@ -1,4 +1,4 @@
-"""Experts that are loaded before calls: output stays equal to the bit, counters stay true, a bad file is a cold start."""
+"""Experts loaded before calls: output equal to the bit, counters true, a bad file is a cold start."""
 
 from pathlib import Path
 
