@@ -109,7 +109,7 @@ class Arm:
             repack,
             self.route_bias,
             self.route_keep,
-            None if warm is None else str(warm),
+            warm=None if warm is None else str(warm),
         )
 
 
