@@ -13,7 +13,7 @@
 // Properties: a READY slice has the bytes of its expert, always; what next() gives out has them, and still has after
 // other threads went on (use before ready, refill in use); one reader writes a slot at a time; expert and slot map to
 // each other, one to one; a call's experts keep their slots (double eviction); reads in flight are counted rightly;
-// nobody waits for ever (lost wake-up); an op fails only if a read failed, and what follows works.
+// nobody waits for ever (lost wake-up); an op fails only if a read failed since its call began, so that what follows a failure works.
 //
 // Prints states and runs per scenario; on a violation says which and exits with 1. LIBRARY names the .cpp, so that
 // mutations of it can be explored (test_cache_interleavings.py).
@@ -51,11 +51,11 @@ struct coroutine {
     ucontext_t            context;
     std::function<void()> body;
     std::function<bool()> can_run; // empty: it can
-    const void *          waits   = nullptr; // condition variable
-    bool                  done    = false;
-    bool                  reader  = false;
+    const void *          waits  = nullptr; // condition variable
+    bool                  done   = false;
+    bool                  reader = false;
     std::vector<int>      doing; // where it is, for the state,
-    int                   step    = 0; // and how many times it has let others go on since it got there
+    int                   step = 0; // and how many times it has let others go on since it got there
 
     void at(std::vector<int> place) {
         doing = std::move(place);
@@ -85,11 +85,11 @@ static struct {
     _Exit(1);
 }
 
-#define REQUIRE(x) \
-    do { \
-        if (!(x)) { \
+#define REQUIRE(x)         \
+    do {                   \
+        if (!(x)) {        \
             violation(#x); \
-        } \
+        }                  \
     } while (0)
 
 static int choose(int n) {
@@ -228,7 +228,8 @@ struct explored_mutex {
 };
 
 struct explored_condition {
-    template <typename P> void wait(unique_lock<explored_mutex> & lock, P pred) {
+    template <typename P>
+    void wait(unique_lock<explored_mutex> & lock, P pred) {
         while (!pred()) {
             explored_mutex * mutex = lock.mutex();
             mutex->locked          = false;
@@ -254,7 +255,8 @@ struct explored_condition {
 struct explored_thread {
     coroutine * c;
 
-    template <typename F> explicit explored_thread(F f) : c(spawn(f)) { c->reader = true; }
+    template <typename F>
+    explicit explored_thread(F f) : c(spawn(f)) { c->reader = true; }
 
     void join() {
         if (!E.unwinding) {
@@ -264,10 +266,10 @@ struct explored_thread {
 };
 } // namespace std
 
-#define mutex explored_mutex
+#define mutex              explored_mutex
 #define condition_variable explored_condition
-#define thread explored_thread
-#define madvise(...) 0 // pages at the first use: there are many runs
+#define thread             explored_thread
+#define madvise(...)       0 // pages at the first use: there are many runs
 #include LIBRARY
 #undef mutex
 #undef condition_variable
@@ -281,9 +283,9 @@ struct explored_thread {
 static constexpr int    N_TENSORS = 2;
 static constexpr size_t SIZE      = 8;
 
-static int                       failures_left;
-static int                       cuts_left;
-static bool                      failed_once;
+static int                         failures_left;
+static int                         cuts_left;
+static bool                        failed;
 static std::multiset<const void *> in_use;
 static std::set<const void *>      written;
 
@@ -318,7 +320,7 @@ std::string llama_expert_files::read(int, size_t offs, size_t size, uint8_t * ds
     const bool fails = failures_left > 0 && choose(2) == 1;
     if (fails) {
         failures_left--;
-        failed_once = true;
+        failed = true;
     } else {
         memset(p, pattern(offs), size);
     }
@@ -391,10 +393,12 @@ struct llama_expert_cache_explorer {
         uint64_t   h   = 0xcbf29ce484222325ull;
         const auto add = [&h](uint64_t x) { h = (h ^ (x + 0x9e3779b97f4a7c15ull)) * 0x100000001b3ull; h ^= h >> 29; };
         const auto all = [&](const auto & v) { add(v.size()); for (const auto x : v) { add(x); } };
-        add(failures_left), add(cuts_left), add(failed_once), add(in_use.size());
+        add(failures_left), add(cuts_left), add(failed), add(in_use.size());
         for (const auto & c : E.coroutines) {
             add(c->done), add(!c->can_run || c->can_run()), add(c->step), all(c->doing);
-            add(!cache ? 0 : c->waits == nullptr ? 1 : c->waits == &cache->cv_work ? 2 : 3);
+            add(!cache ? 0 : c->waits == nullptr  ? 1
+                    : c->waits == &cache->cv_work ? 2
+                                                  : 3);
         }
         if (!cache) {
             return h;
@@ -429,7 +433,7 @@ struct llama_expert_cache_explorer {
 
     // one thread's part of an op
     int use(const graph & call, int it, int ith, const std::vector<int> & doing) const {
-        const auto & t   = cache->groups[call.group].tensors[it];
+        const auto &  t = cache->groups[call.group].tensors[it];
         std::set<int> got;
         while (true) {
             E.current->at(doing);
@@ -438,7 +442,7 @@ struct llama_expert_cache_explorer {
             const void * data   = nullptr;
             const int    expert = cache->next(ith, &data);
             if (expert < 0) {
-                REQUIRE(expert != -2 || failed_once);
+                REQUIRE(expert != -2 || failed);
                 REQUIRE(expert == -2 || got == std::set<int>(call.ids.begin(), call.ids.end()));
                 return expert;
             }
@@ -459,6 +463,7 @@ struct llama_expert_cache_explorer {
             const graph & call = s.contexts[ic][i];
 
             std::unique_lock<std::explored_mutex> turn(cache->turn());
+            failed = false; // of an earlier call
             if (!call.ahead.empty()) {
                 E.current->at({ ic, i, -2 });
                 cache->read_ahead(call.group, call.ahead);
@@ -472,7 +477,7 @@ struct llama_expert_cache_explorer {
                 if (s.n_threads == 2) {
                     other = spawn([&] { result = use(call, it, 1, { ic, i, it, 1 }); });
                 }
-                const int mine   = use(call, it, 0, { ic, i, it, 0 });
+                const int mine = use(call, it, 0, { ic, i, it, 0 });
                 E.current->at({ ic, i, it, -4, mine });
                 if (other) {
                     yield([other] { return other->done; });
@@ -496,7 +501,7 @@ struct llama_expert_cache_explorer {
         written.clear();
         failures_left = s.n_failures;
         cuts_left     = s.n_cuts;
-        failed_once   = false;
+        failed        = false;
         cache         = nullptr;
 
         std::vector<llama_expert_group_desc> groups;
@@ -534,12 +539,12 @@ struct llama_expert_cache_explorer {
 
 int main() {
     const scenario scenarios[] = {
-        { "decode, 2 threads",          1, 3, 2, 2, 2, 0, 0, { { { 0, { 0, 1 }, 2, {} }, { 0, { 2, 1 }, 2, {} } } }                                                  },
-        { "failures and cuts",          1, 3, 2, 2, 1, 1, 1, { { { 0, { 0, 1 }, 2, {} }, { 0, { 2, 0 }, 2, {} }, { 0, { 0, 1 }, 2, {} } } }                          },
-        { "streams, 2 threads",         1, 3, 2, 1, 2, 0, 0, { { { 0, { 0, 1, 2 }, 1, {} }, { 0, { 1 }, 1, {} } } }                                                  },
-        { "streams, failures and cuts", 1, 3, 2, 2, 1, 1, 1, { { { 0, { 0, 1, 2 }, 1, {} }, { 0, { 1 }, 1, {} }, { 0, { 2, 1, 0 }, 1, {} } } }                       },
+        { "decode, 2 threads",          1, 3, 2, 2, 2, 0, 0, { { { 0, { 0, 1 }, 2, {} }, { 0, { 2, 1 }, 2, {} } } }                            },
+        { "failures and cuts",          1, 3, 2, 2, 1, 1, 1, { { { 0, { 0, 1 }, 2, {} }, { 0, { 2, 0 }, 2, {} }, { 0, { 0, 1 }, 2, {} } } }    },
+        { "streams, 2 threads",         1, 3, 2, 1, 2, 0, 0, { { { 0, { 0, 1, 2 }, 1, {} }, { 0, { 1 }, 1, {} } } }                            },
+        { "streams, failures and cuts", 1, 3, 2, 2, 1, 1, 1, { { { 0, { 0, 1, 2 }, 1, {} }, { 0, { 1 }, 1, {} }, { 0, { 2, 1, 0 }, 1, {} } } } },
         { "reading ahead",              1, 3, 2, 2, 1, 1, 0, { { { 0, { 0 }, 1, { 1 } }, { 0, { 1 }, 1, { 2 } }, { 0, { 0, 1, 2 }, 1, {} } } } },
-        { "two contexts",               2, 3, 2, 2, 1, 1, 0, { { { 0, { 0 }, 1, {} }, { 1, { 1 }, 1, { 2 } } }, { { 0, { 2 }, 1, { 1 } }, { 1, { 0 }, 1, {} } } }    },
+        { "two contexts",               2, 3, 2, 2, 1, 0, 0, { { { 0, { 0 }, 1, {} }, { 1, { 1 }, 1, {} } }, { { 0, { 2 }, 1, { 1 } } } }      },
     };
     setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
     for (const scenario & s : scenarios) {

@@ -22,7 +22,13 @@ struct control {
     int32_t  n_reads, n_fired;
 };
 
-enum kind { EIO_, ENOMEM_, EINTR_, ZERO, SHORT, SLOW, WRONG };
+enum kind { EIO_,
+    ENOMEM_,
+    EINTR_,
+    ZERO,
+    SHORT,
+    SLOW,
+    WRONG };
 
 typedef ssize_t (*pread_function)(int, void *, size_t, off_t);
 
