@@ -21,8 +21,8 @@ from remoe_edge.evaluate.harness import pair, right_answers, run_tasks  # noqa: 
 from remoe_edge.evaluate.hf_reader import HfReader, router_from, router_state, set_router  # noqa: E402
 from remoe_edge.tuning.adapters import adapt  # noqa: E402
 from remoe_edge.tuning.load import load_model, load_tokenizer  # noqa: E402
-from remoe_edge.tuning.losses import Weights  # noqa: E402
 from remoe_edge.tuning.train import TuneConfig  # noqa: E402
+from remoe_edge.tuning.weights import Weights  # noqa: E402
 
 WORDS = "the router of a model chooses experts for each token and neighbours reuse them when nothing is read"
 QUICK = ["--length", "24", "--sequences", "6", "--own-tokens", "4"]

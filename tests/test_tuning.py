@@ -25,8 +25,8 @@ from remoe_edge.tuning.adapters import adapt, record  # noqa: E402
 from remoe_edge.tuning.data import Sequences, load_sequences  # noqa: E402
 from remoe_edge.tuning.export import apply_router  # noqa: E402
 from remoe_edge.tuning.load import load_model, load_tokenizer  # noqa: E402
-from remoe_edge.tuning.losses import Weights  # noqa: E402
 from remoe_edge.tuning.train import TuneConfig, tune  # noqa: E402
+from remoe_edge.tuning.weights import Weights  # noqa: E402
 
 SENTENCES = [
     "The router of a model chooses a few experts for each token. ",

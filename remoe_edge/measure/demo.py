@@ -107,7 +107,7 @@ def tune_demo(output: Path, report: Report = silent) -> Path:
     try:
         import torch
 
-        from remoe_edge.evaluate.ablate import card_of, settings_of
+        from remoe_edge.evaluate.ablate import held_out_of, settings_of
         from remoe_edge.tuning.adapters import adapt
         from remoe_edge.tuning.data import load_sequences
         from remoe_edge.tuning.export import card, write_router
@@ -118,7 +118,7 @@ def tune_demo(output: Path, report: Report = silent) -> Path:
     model = str(demo_checkpoint())
     config, length = settings_of(demo_router())
     rows = load_sequences([demo_tuning_text()], load_tokenizer(model), length, report=report)
-    count = int(card_of(demo_router())["held_out_sequences"])
+    count = held_out_of(demo_router())
     train, held_out = rows.split(count)
     fast = None if torch.cuda.is_available() else torch.bfloat16
     result = tune(adapt(load_model(model)), train, held_out, config, folder=output.parent, autocast=fast, report=report)

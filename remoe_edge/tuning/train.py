@@ -31,7 +31,8 @@ from remoe_edge.files import atomic_output
 from remoe_edge.progress import Report, silent
 from remoe_edge.tuning.adapters import MoE, record
 from remoe_edge.tuning.data import Sequences
-from remoe_edge.tuning.losses import Weights, lag_loss, reuse_loss, reuse_rate, smooth_loss, trust_loss, window_loss
+from remoe_edge.tuning.losses import lag_loss, reuse_loss, reuse_rate, smooth_loss, trust_loss, window_loss
+from remoe_edge.tuning.weights import Weights
 
 CHECKPOINT = "tune-checkpoint.safetensors"
 LOG = "log.jsonl"
