@@ -39,6 +39,8 @@ LOG = "log.jsonl"
 TERMS = ("ce", "kl", "reuse", "smooth", "lag", "window")
 SCHEDULES = ("constant", "linear", "cosine")
 """Learning rates after the warm-up: the full one to the end, or down to 0 at the last step."""
+SECONDS_AT_RISK = 60.0
+"""A checkpoint is written at every look at held-out text, and between looks when the last one is so old."""
 _MAX_KEPT_LOGITS = 1 << 30
 """Most bytes of the base's predictions on held-out text that are kept from one look to the next."""
 
@@ -156,7 +158,7 @@ def tune(
     with contextlib.ExitStack() as stack:
         logs = folder is not None and accelerator.is_main_process
         log = stack.enter_context(open(folder / LOG, "a", encoding="utf-8")) if folder and logs else None
-        first = state.step
+        first, saved = state.step, time.monotonic()
         while state.step < config.steps and state.stopped is None:
             row = run.step(state.step)
             state.step += 1
@@ -172,8 +174,9 @@ def tune(
                     log.write(json.dumps(row) + "\n")
                     log.flush()
                 on_step(row)
-                if folder is not None and ("held_out" in row or state.step == config.steps):
+                if folder is not None and ("held_out" in row or time.monotonic() - saved >= SECONDS_AT_RISK):
                     run.save(folder, state)
+                    saved = time.monotonic()
             report(_progress_text(row, state), (state.step - first) / (config.steps - first))
     after = _hash_equal(moe, frozen)
     run.load(state.best)

@@ -14,10 +14,10 @@ class Weights:
 
     ce: float = 1.0
     kl: float = 2.0
-    reuse: float = 1.0
-    smooth: float = 0.2
-    lag: float = 0.1
-    window: float = 0.2
+    reuse: float = 0.8
+    smooth: float = 0.16
+    lag: float = 0.08
+    window: float = 0.16
 
     @property
     def local(self) -> bool:
