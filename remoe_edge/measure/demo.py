@@ -133,8 +133,8 @@ def tune_demo(output: Path, report: Report = silent) -> str:
     write_router(result.router, said, output, force=True)
     before, after = result.before, result.after
     return (
-        f"router tuned here, on {count} held-out sequences: reuse rate {before.reuse_rate:.1%} -> {after.reuse_rate:.1%} "
-        f"({after.reuse_rate / before.reuse_rate - 1:+.1%}), perplexity {after.ppl / before.ppl - 1:+.2%}"
+        f"router tuned here, on {count} held-out sequences: reuse rate {before.reuse_rate:.1%} -> "
+        f"{after.reuse_rate:.1%} ({after.reuse_rate / before.reuse_rate - 1:+.1%}), perplexity {after.ppl / before.ppl - 1:+.2%}"
     )
 
 
