@@ -132,9 +132,10 @@ def tune_demo(output: Path, report: Report = silent) -> str:
     said = card(result, config, model="demo", data=rows.files, length=length, held_out=count)
     write_router(result.router, said, output, force=True)
     before, after = result.before, result.after
+    reuse, ppl = after.reuse_rate / before.reuse_rate - 1, after.ppl / before.ppl - 1
     return (
         f"router tuned here, on {count} held-out sequences: reuse rate {before.reuse_rate:.1%} -> "
-        f"{after.reuse_rate:.1%} ({after.reuse_rate / before.reuse_rate - 1:+.1%}), perplexity {after.ppl / before.ppl - 1:+.2%}"
+        f"{after.reuse_rate:.1%} ({reuse:+.1%}), perplexity {ppl:+.2%}"
     )
 
 
