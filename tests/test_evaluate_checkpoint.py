@@ -21,8 +21,8 @@ from remoe_edge.evaluate.harness import pair, right_answers, run_tasks  # noqa: 
 from remoe_edge.evaluate.hf_reader import HfReader, router_from, router_state, set_router  # noqa: E402
 from remoe_edge.tuning.adapters import adapt  # noqa: E402
 from remoe_edge.tuning.load import load_model, load_tokenizer  # noqa: E402
-from remoe_edge.tuning.losses import Weights  # noqa: E402
 from remoe_edge.tuning.train import TuneConfig  # noqa: E402
+from remoe_edge.tuning.weights import Weights  # noqa: E402
 
 WORDS = "the router of a model chooses experts for each token and neighbours reuse them when nothing is read"
 QUICK = ["--length", "24", "--sequences", "6", "--own-tokens", "4"]
@@ -266,6 +266,30 @@ class TestTasks:
         assert (row["items"], row["base"], row["tuned_only"]) == (8, 1.0, 0)
         with pytest.raises(RemoeError, match="knows no task 'nothing'"):
             run_tasks(reader, tokenizer, ["nothing"], names=["base"], folder=tmp_path)
+
+    def test_answers_that_are_written(self, reader: HfReader, folder: Path, tmp_path: Path) -> None:
+        """As gsm8k: greedy answers under two filters, of which the first counts. What the base writes is right."""
+        pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `eval`)")
+        tokenizer = load_tokenizer(str(folder))
+        questions = [" ".join(WORDS.split()[skip : skip + 4]) for skip in range(4)]
+        with reader.router("base") as moe, (tmp_path / "items.jsonl").open("w") as file:
+            for question in questions:
+                ids = tokenizer(question, return_tensors="pt")["input_ids"]
+                written = moe.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+                answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+                file.write(json.dumps({"question": question, "answer": answer}) + "\n")
+        (tmp_path / "written.yaml").write_text(
+            "task: written\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path}/items.jsonl}}, cache_dir: {tmp_path}/cache}}\n"
+            "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+            "generation_kwargs: {until: ['never'], max_gen_toks: 6, do_sample: false}\n"
+            "metric_list: [{metric: exact_match}]\n"
+            "filter_list:\n- {name: strict, filter: [{function: take_first}]}\n"
+            "- {name: none, filter: [{function: regex, regex_pattern: 'not there (.)'}, {function: take_first}]}\n"
+        )
+        (row,) = run_tasks(reader, tokenizer, ["written"], names=["base", "tuned"], folder=tmp_path, batch=1)
+        assert (row["items"], row["base"], row["tuned_only"]) == (4, 1.0, 0)
+        assert row["tuned"] < 1
 
 
 def test_a_model_keeps_its_own_router(reader: HfReader) -> None:

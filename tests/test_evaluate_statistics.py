@@ -45,6 +45,8 @@ def test_figures_of_a_known_routing() -> None:
     assert found.reuse_steps.tolist() == [[0.5] * 7] * 2
     assert found.distinct.tolist() == [2, 1]
     assert found.load_cv[1] == pytest.approx(np.sqrt(7))
+    # By chance two tokens of layer 0 agree every other time.
+    assert found.load_reuse.tolist() == pytest.approx([0.5, 1.0])
     assert found.load_entropy.tolist() == pytest.approx([1 / 3, 0.0])
     # One slot: layer 0 misses always, layer 1 once; two: each expert once. Carried, the second sequence misses nothing
     # but what one slot cannot hold.
@@ -162,8 +164,19 @@ def test_noise_is_what_a_second_pass_differs_by() -> None:
     assert moved(base.ids, base.ids[..., ::-1]) == 0
 
 
-def row(reuse: float, ppl: float, miss: float) -> dict:
-    return {"reuse_rate_change": reuse, "ppl_change": ppl, "lru_miss_change": {"C=K": miss}}
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32), k=st.integers(1, 4))
+def test_tokens_drawn_alone_reuse_what_their_load_says(seed: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = np.log(rng.dirichlet(np.full(EXPERTS, 0.5)) + 1e-9)
+    noise = rng.gumbel(size=(4, 2000, 2, EXPERTS))
+    found = figures(Pass(np.argsort(-(logits + noise), -1)[..., :k].astype(np.uint16)), EXPERTS)
+    assert found.reuse.mean(0) == pytest.approx(found.load_reuse, abs=0.02)
+
+
+def row(reuse: float, ppl: float, miss: float, beyond: float = 0.0) -> dict:
+    changes = {"reuse_rate_change": reuse, "ppl_change": ppl, "reuse_beyond_load_change": beyond}
+    return {**changes, "lru_miss_change": {"C=K": miss}}
 
 
 def test_verdicts_say_reached_and_not_reached() -> None:
@@ -174,6 +187,12 @@ def test_verdicts_say_reached_and_not_reached() -> None:
     assert [verdict.reached for verdict in bad] == [False, False, False, False]
     assert "NOT reached" in str(bad[0])
     assert judge([row(0.3, 0, -0.1)])[3].reached is None
+    controls = [row(0.02, 0, 0, -0.001), row(0.03, 0, 0, -0.003), row(0.025, 0, 0, -0.002)]
+    assert "NOT reached (more than chance; beyond its load -0.20 points)" in str(
+        judge([row(0.3, 0, -0.1)], controls)[3]
+    )
+    controls[0] = row(-0.02, 0, 0)
+    assert "its interval holds 0" in str(judge([row(0.3, 0, -0.1)], controls)[3])
     wide = judge([row(0.3, 0.009, -0.1), row(0.3, -0.009, -0.1)])
     assert "reached (its interval reaches beyond)" in str(wide[1])
 
@@ -246,6 +265,10 @@ def test_evaluation_holds_what_other_tools_rely_on(result: dict) -> None:
     assert beyond["beyond"]["ppl_change"] == pytest.approx(0.004, abs=1e-5)
     assert result["groups"][TUNED]["ppl_change"]["seeds"] == pytest.approx([0.004, 0.006], abs=1e-5)
     assert [v["reached"] for v in result["verdicts"][:3]] == [True, True, True]
+    # Experts are drawn evenly: what is reused more has nothing to do with the load.
+    beyond = result["groups"][TUNED]["reuse_beyond_load_change"]["mean"]
+    total = next(r for r in rows if r["text"] == "all" and r["router"] == "seed0" and r["phase"] == "reading")
+    assert beyond == pytest.approx(total["reuse_rate_tuned"] - total["reuse_rate_base"], abs=0.05)
 
 
 def test_report_shows_every_router(result: dict, tmp_path: Path) -> None:

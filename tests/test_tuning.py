@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +22,13 @@ from tiny_hf import ARCHITECTURES, EXPERTS, LAYERS, TOP_K, tiny_model  # noqa: E
 
 from remoe_edge.cli import cli  # noqa: E402
 from remoe_edge.errors import RemoeError  # noqa: E402
+from remoe_edge.tuning import train  # noqa: E402
 from remoe_edge.tuning.adapters import adapt, record  # noqa: E402
 from remoe_edge.tuning.data import Sequences, load_sequences  # noqa: E402
 from remoe_edge.tuning.export import apply_router  # noqa: E402
 from remoe_edge.tuning.load import load_model, load_tokenizer  # noqa: E402
-from remoe_edge.tuning.losses import Weights  # noqa: E402
-from remoe_edge.tuning.train import TuneConfig, tune  # noqa: E402
+from remoe_edge.tuning.train import TuneConfig, TuneResult, tune  # noqa: E402
+from remoe_edge.tuning.weights import Weights  # noqa: E402
 
 SENTENCES = [
     "The router of a model chooses a few experts for each token. ",
@@ -161,6 +163,32 @@ def test_loss_that_is_not_finite_stops_with_the_last_good_state(folder: Path) ->
     assert result.stopped is not None
     assert "loss of step" in result.stopped
     assert all(torch.isfinite(tensor).all() for tensor in result.router.values())
+
+
+def test_little_is_lost_between_looks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TuneConfig(**{**vars(SMALL), "check_every": 6})
+
+    def run(place: Path, *, stop: int = 0, fresh: bool = True) -> TuneResult:
+        steps: list[int] = []
+
+        def on_step(row: dict[str, Any]) -> None:
+            steps.append(row["step"])
+            if row["step"] == stop:
+                raise KeyboardInterrupt
+
+        moe = adapt(load_model(str(folder)))
+        try:
+            return tune(moe, sequences(40), sequences(4, seed=1), config, folder=place, on_step=on_step)
+        finally:
+            assert steps[0] == (1 if fresh else 4)
+
+    whole = run(tmp_path / "whole")
+    monkeypatch.setattr(train, "SECONDS_AT_RISK", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop=4)
+    found = run(tmp_path / "cut", fresh=False)
+    assert found.checks == whole.checks
+    assert all(torch.equal(tensor, whole.router[name]) for name, tensor in found.router.items())
 
 
 def test_another_run_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:

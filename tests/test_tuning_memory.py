@@ -13,8 +13,8 @@ from tiny_hf import ARCHITECTURES, LAYERS, tiny_model  # noqa: E402
 from remoe_edge.tuning.adapters import MoE, adapt  # noqa: E402
 from remoe_edge.tuning.data import Sequences  # noqa: E402
 from remoe_edge.tuning.load import load_model  # noqa: E402
-from remoe_edge.tuning.losses import Weights  # noqa: E402
 from remoe_edge.tuning.train import TERMS, TuneConfig, TuneResult, tune  # noqa: E402
+from remoe_edge.tuning.weights import Weights  # noqa: E402
 
 STEPS = 2
 CONFIG = TuneConfig(

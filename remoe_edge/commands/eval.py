@@ -262,7 +262,7 @@ def _checkpoint(options: _Options, report: Report) -> Iterator[_Side]:
     try:
         import torch
 
-        from remoe_edge.evaluate.ablate import FULL, ablate, settings_of
+        from remoe_edge.evaluate.ablate import FULL, ablate, held_out_of, settings_of
         from remoe_edge.evaluate.harness import run_tasks
         from remoe_edge.evaluate.hf_reader import HfReader, router_from, router_state, set_router
         from remoe_edge.tuning.adapters import adapt
@@ -279,7 +279,7 @@ def _checkpoint(options: _Options, report: Report) -> Iterator[_Side]:
     if options.ablate:
         config, tuned_length = settings_of(options.tuned[0])
         rows = load_sequences(options.data, tokenizer, tuned_length, report=report)
-        train, held_out = rows.split(min(32, len(rows) // 10 + 1))
+        train, held_out = rows.split(held_out_of(options.tuned[0]))
         made = ablate(
             moe,
             base,

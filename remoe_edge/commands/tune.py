@@ -15,8 +15,10 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.files import refuse_existing
 from remoe_edge.progress import silent, stderr_progress
 from remoe_edge.sizes import format_size
+from remoe_edge.tuning.weights import Weights
 
 _TERMS = ("kl", "reuse", "smooth", "lag", "window")
+_DEFAULT = Weights()
 
 
 @click.command("tune")
@@ -87,12 +89,24 @@ _TERMS = ("kl", "reuse", "smooth", "lag", "window")
 @click.option(
     "--clip", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Gradient norm."
 )
-@click.option("--ce", type=click.FloatRange(min=0), help="Weight of the cross entropy.")
-@click.option("--kl", type=click.FloatRange(min=0), help="Weight of KL(P || reference router).")
-@click.option("--reuse", type=click.FloatRange(min=0), help="Weight of the reuse loss.")
-@click.option("--smooth", type=click.FloatRange(min=0), help="Weight of the loss between neighbours.")
-@click.option("--lag", type=click.FloatRange(min=0), help="Weight of the loss over lags 1, 2, 4, 8, 16.")
-@click.option("--window", type=click.FloatRange(min=0), help="Weight of the entropy of windows.")
+@click.option("--ce", type=click.FloatRange(min=0), help=f"Weight of the cross entropy. [default: {_DEFAULT.ce:g}]")
+@click.option(
+    "--kl", type=click.FloatRange(min=0), help=f"Weight of KL(P || reference router). [default: {_DEFAULT.kl:g}]"
+)
+@click.option("--reuse", type=click.FloatRange(min=0), help=f"Weight of the reuse loss. [default: {_DEFAULT.reuse:g}]")
+@click.option(
+    "--smooth",
+    type=click.FloatRange(min=0),
+    help=f"Weight of the loss between neighbours. [default: {_DEFAULT.smooth:g}]",
+)
+@click.option(
+    "--lag",
+    type=click.FloatRange(min=0),
+    help=f"Weight of the loss over lags 1, 2, 4, 8, 16. [default: {_DEFAULT.lag:g}]",
+)
+@click.option(
+    "--window", type=click.FloatRange(min=0), help=f"Weight of the entropy of windows. [default: {_DEFAULT.window:g}]"
+)
 @click.option("--window-size", metavar="TOKENS", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--control", type=click.Choice(["ce-only"]), help="Train on cross entropy alone, for comparison.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of the data.")
@@ -172,7 +186,6 @@ def command(
         from remoe_edge.tuning.estimate import estimate
         from remoe_edge.tuning.export import CARD, card, export_checkpoint, write_card, write_router
         from remoe_edge.tuning.load import DTYPES, load_model, load_tokenizer
-        from remoe_edge.tuning.losses import Weights
         from remoe_edge.tuning.train import TuneConfig, join_processes, tune
     except ImportError as error:
         raise RemoeError(f"tuning needs {error.name}: pip install 'remoe-edge[tune]'") from error

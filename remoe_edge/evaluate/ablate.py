@@ -19,8 +19,8 @@ from remoe_edge.progress import Report, silent
 from remoe_edge.tuning.adapters import MoE
 from remoe_edge.tuning.data import Sequences
 from remoe_edge.tuning.export import card, write_router
-from remoe_edge.tuning.losses import Weights
 from remoe_edge.tuning.train import TuneConfig, tune
+from remoe_edge.tuning.weights import Weights
 
 TERMS = ("kl", "reuse", "smooth", "lag", "window")
 FULL = "full"
@@ -51,6 +51,11 @@ def settings_of(router: Path) -> tuple[TuneConfig, int]:
         return TuneConfig(**{name: value for name, value in settings.items() if name in known}, weights=weights), length
     except (KeyError, TypeError, ValueError) as error:
         raise RemoeError(f"{router}: the settings on its card are not those of this version: {error}") from error
+
+
+def held_out_of(router: Path) -> int:
+    """How many sequences of its text were held out when a router was tuned."""
+    return int(card_of(router).get("held_out_sequences", 32))
 
 
 def variants(config: TuneConfig) -> dict[str, TuneConfig]:

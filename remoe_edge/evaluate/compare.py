@@ -44,6 +44,7 @@ def compare(
     row |= _misses(base, tuned, draws)
     for side, one in ("base", base), ("tuned", tuned):
         row[f"load_cv_{side}"] = float(one.load_cv.mean())
+        row[f"load_reuse_{side}"] = float(one.load_reuse.mean())
         row[f"load_entropy_{side}"] = float(one.load_entropy.mean())
         row[f"distinct_experts_{side}"] = float(one.distinct.mean())
         row[f"distinct_experts_least_{side}"] = int(one.distinct.min())
@@ -55,6 +56,10 @@ def compare(
             "distinct_experts": one.distinct.tolist(),
             "routing_entropy": None if one.entropy is None else one.entropy.tolist(),
         }
+    # In points: what of the change in reuse is not the chance that a less even load brings.
+    row["reuse_beyond_load_change"] = (row["reuse_rate_tuned"] - row["load_reuse_tuned"]) - (
+        row["reuse_rate_base"] - row["load_reuse_base"]
+    )
     if base.nll is not None and tuned.nll is not None:
         row |= _quality(base.nll, tuned.nll, draws)
         if text_bytes:

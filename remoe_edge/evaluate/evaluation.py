@@ -147,7 +147,7 @@ def _summarise(result: dict[str, Any], groups: Mapping[str, Sequence[str]]) -> N
         rows = [totals[name, "reading"] for name in names]
         own = [totals[name, "writing"] for name in names if (name, "writing") in totals]
         found: dict[str, Any] = {"routers": list(names)}
-        for key in ("reuse_rate_change", "ppl_change", "kl_mean", "load_cv_tuned"):
+        for key in ("reuse_rate_change", "reuse_beyond_load_change", "ppl_change", "kl_mean", "load_cv_tuned"):
             found[key] = over_seeds(rows, key)
         for size in result["slots"]:
             found[f"lru_miss_change {size}"] = over_seeds([row["lru_miss_change"] for row in rows], size)

@@ -66,6 +66,14 @@ class Figures:
         return entropy
 
     @property
+    def load_reuse(self) -> Floats:
+        """[layers], the reuse rate of tokens that know nothing of each other but use experts as often as these do."""
+        part = self.counts / self.counts.sum(1, keepdims=True)
+        top_k = self.uses / self.reuse.shape[1] / (self.reuse_steps.shape[1] + 1)
+        rate: Floats = top_k * (part**2).sum(1)
+        return rate
+
+    @property
     def distinct(self) -> npt.NDArray[np.int64]:
         """[layers], experts used at all."""
         used: npt.NDArray[np.int64] = (self.counts > 0).sum(1)

@@ -33,7 +33,7 @@ class GgufTokenizer:
         self.bos_token = None
         self.eos_token_id = model.end_token
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": self._model.tokenize(text, add_special=add_special_tokens)}
 
 

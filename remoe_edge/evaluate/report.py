@@ -66,7 +66,8 @@ def _definitions(result: Mapping[str, Any]) -> list[str]:
         "kept from one to the next, as in a server.",
         "- Held-out text is read teacher-forced. Own output is greedy; base and tuned write what they write.",
         "- KL(base || tuned) of the next token, nats. Load: how often an expert is used; its entropy and that of the "
-        "router's probabilities are divided by log(experts), 1 is even.",
+        "router's probabilities are divided by log(experts), 1 is even. Reuse by load: of tokens that know nothing of "
+        "each other but use experts as often.",
         "- Intervals: 95 %, paired bootstrap over sequences within each text; over seeds Student's t.",
         "",
     ]
@@ -174,11 +175,19 @@ def _longer(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_COLLAPSE = ("router", "load CV", "load entropy", "routing entropy", "distinct experts, mean", "least of a layer")
+_COLLAPSE = (
+    "router",
+    "load CV",
+    "reuse by load",
+    "load entropy",
+    "routing entropy",
+    "distinct experts, mean",
+    "least of a layer",
+)
 
 
 def _collapse(row: Mapping[str, Any]) -> list[str]:
-    keys = ("load_cv", "load_entropy", "routing_entropy", "distinct_experts", "distinct_experts_least")
+    keys = ("load_cv", "load_reuse", "load_entropy", "routing_entropy", "distinct_experts", "distinct_experts_least")
     return [row["router"], *(f"{_number(row[f'{key}_base'])} → {_number(row[f'{key}_tuned'])}" for key in keys)]
 
 

@@ -60,7 +60,7 @@ def judge(
     goal = "CE-only control at or below base"
     if controls:
         control = _Figure(controls, "reuse_rate_change")
-        return [*verdicts, Verdict(goal, control.text, control.mean <= 0)]
+        return [*verdicts, Verdict(goal, control.text, control.mean <= 0, _control_aside(controls, control))]
     return [*verdicts, Verdict(goal, "no control in this evaluation", None)]
 
 
@@ -78,6 +78,9 @@ class _Figure:
         if self._ci95:
             self.text += f" [{self._ci95[0]:+.2%}, {self._ci95[1]:+.2%}]{unit}"
 
+    def excludes(self, value: float) -> bool:
+        return self._ci95 is not None and not self._ci95[0] <= value <= self._ci95[1]
+
     def aside(self, low: float, high: float) -> str:
         """What to know of a mean within these limits."""
         beyond = self._ci95 is not None and not low <= self._ci95[0] <= self._ci95[1] <= high
@@ -89,6 +92,15 @@ def _at_k(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {"miss": row["lru_miss_change"]["C=K"], "miss_ci95": row.get("lru_miss_change_ci95", {}).get("C=K")}
         for row in rows
     ]
+
+
+def _control_aside(controls: Sequence[dict[str, Any]], found: _Figure) -> str:
+    """Whether a gain is more than chance, and whether it is more than a less even load brings by itself."""
+    if found.mean <= 0:
+        return ""
+    beyond = over_seeds(controls, "reuse_beyond_load_change")["mean"]
+    chance = "more than chance" if found.excludes(0) else "its interval holds 0"
+    return f"{chance}; beyond its load {100 * beyond:+.2f} points"
 
 
 def _own(rows: Sequence[dict[str, Any]], key: str) -> str:

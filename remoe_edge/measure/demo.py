@@ -40,7 +40,8 @@ _MMAP_N_GEN = 12
 class Demo:
     """Results of the real model, of the twins of its routing, and of stock mmap on the base's twin.
 
-    `traces` are those of base and tuned, whose own output they record.
+    `traces` are those of base and tuned, whose own output they record. `tuning` says what a router that was tuned here
+    gained and cost on the text that was held out of its tuning.
     """
 
     models: tuple[Path, Path]
@@ -49,6 +50,7 @@ class Demo:
     mmap: Result
     traces: tuple[Trace, Trace]
     memory_limit: int = _MEMORY_LIMIT
+    tuning: str | None = None
 
 
 def run_demo(report: Report = silent, *, tune: bool = False, folder: Path | None = None) -> Demo:
@@ -58,9 +60,11 @@ def run_demo(report: Report = silent, *, tune: bool = False, folder: Path | None
     RemoeError if a run fails, or if what a model puts out depends on how its experts are held.
     """
     base = demo_gguf(report=report)
+    tuning = None
     if tune:
         assert folder is not None
-        router = tune_demo(folder / "tune" / "router.safetensors", report)
+        router = folder / "tune" / "router.safetensors"
+        tuning = tune_demo(router, report)
         tuned = folder / "demo-tuned.gguf"
         convert(base, router, tuned, force=True)
     else:
@@ -78,7 +82,7 @@ def run_demo(report: Report = silent, *, tune: bool = False, folder: Path | None
     mmap = bench(_options(twins[:1], prompt, _MMAP_N_GEN, limit=_MEMORY_LIMIT, baselines=("mmap", "resident")), report)
     check_identical(mmap.rows)
     check_identical(replayed.rows)
-    return Demo(models, real, replayed, mmap, (traces[0], traces[1]))
+    return Demo(models, real, replayed, mmap, (traces[0], traces[1]), tuning=tuning)
 
 
 def _options(
@@ -102,12 +106,15 @@ def _options(
     )
 
 
-def tune_demo(output: Path, report: Report = silent) -> Path:
-    """Tune the demo model's router as the packaged one was. Raises RemoeError if torch is missing."""
+def tune_demo(output: Path, report: Report = silent) -> str:
+    """Tune the demo model's router into `output`, as the packaged one was; what it gained and cost, in words.
+
+    Raises RemoeError if torch is missing.
+    """
     try:
         import torch
 
-        from remoe_edge.evaluate.ablate import card_of, settings_of
+        from remoe_edge.evaluate.ablate import held_out_of, settings_of
         from remoe_edge.tuning.adapters import adapt
         from remoe_edge.tuning.data import load_sequences
         from remoe_edge.tuning.export import card, write_router
@@ -118,13 +125,18 @@ def tune_demo(output: Path, report: Report = silent) -> Path:
     model = str(demo_checkpoint())
     config, length = settings_of(demo_router())
     rows = load_sequences([demo_tuning_text()], load_tokenizer(model), length, report=report)
-    count = int(card_of(demo_router())["held_out_sequences"])
+    count = held_out_of(demo_router())
     train, held_out = rows.split(count)
     fast = None if torch.cuda.is_available() else torch.bfloat16
     result = tune(adapt(load_model(model)), train, held_out, config, folder=output.parent, autocast=fast, report=report)
     said = card(result, config, model="demo", data=rows.files, length=length, held_out=count)
     write_router(result.router, said, output, force=True)
-    return output
+    before, after = result.before, result.after
+    reuse, ppl = after.reuse_rate / before.reuse_rate - 1, after.ppl / before.ppl - 1
+    return (
+        f"router tuned here, on {count} held-out sequences: reuse rate {before.reuse_rate:.1%} -> "
+        f"{after.reuse_rate:.1%} ({reuse:+.1%}), perplexity {ppl:+.2%}"
+    )
 
 
 def _twin(trace: Trace, name: str, report: Report) -> Path:
@@ -151,7 +163,7 @@ def check_identical(rows: Sequence[Row]) -> None:
 
 def summary(demo: Demo) -> list[str]:
     """What came out, in sentences."""
-    lines = []
+    lines = [demo.tuning] if demo.tuning else []
     for title, result in (("demo model", demo.real), ("twins with experts of OLMoE's size", demo.twins)):
         base, tuned = (_by_budget(result.rows, path) for path in _models(result.rows))
         for budget in base:

@@ -121,7 +121,8 @@ def load_sequences(
                     # A document of one text is the whole file, and may be long.
                     inside = start / len(part.text) if len(parts) == 1 else 0.0
                     report(f"reading {path.name}", (index + max(done, inside)) / len(paths))
-                    piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+                    # Cut into sequences below, so that none is too long for the model, of which it would warn.
+                    piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                     ids.append(np.asarray(piece, np.int32))
                     learn.append(np.full(len(piece), part.learn or not responses_only))
             if end is not None:

@@ -8,7 +8,6 @@ Nothing here has a weight: weights belong to `Weights`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -16,29 +15,6 @@ from torch import Tensor
 LAGS = (1, 2, 4, 8, 16)
 """Distances at which `lag_loss` compares tokens."""
 EPSILON = 1e-8
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights of the losses: L = ce CE + kl KL + a (reuse L_reuse + smooth L_smooth + lag L_lag + window L_window).
-
-    `a` rises from 0 to 1 in the first steps of a run.
-    """
-
-    ce: float = 1.0
-    kl: float = 2.0
-    reuse: float = 1.0
-    smooth: float = 0.2
-    lag: float = 0.1
-    window: float = 0.2
-
-    @property
-    def local(self) -> bool:
-        return any((self.reuse, self.smooth, self.lag, self.window))
-
-    def without(self, term: str) -> Weights:
-        """The same with one weight 0."""
-        return Weights(**{**asdict(self), term: 0.0})
 
 
 def trust_loss(logits: Tensor, reference: Tensor) -> Tensor:

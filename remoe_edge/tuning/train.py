@@ -31,13 +31,16 @@ from remoe_edge.files import append_line, atomic_output, writing
 from remoe_edge.progress import Report, silent
 from remoe_edge.tuning.adapters import MoE, record
 from remoe_edge.tuning.data import Sequences
-from remoe_edge.tuning.losses import Weights, lag_loss, reuse_loss, reuse_rate, smooth_loss, trust_loss, window_loss
+from remoe_edge.tuning.losses import lag_loss, reuse_loss, reuse_rate, smooth_loss, trust_loss, window_loss
+from remoe_edge.tuning.weights import Weights
 
 CHECKPOINT = "tune-checkpoint.safetensors"
 LOG = "log.jsonl"
 TERMS = ("ce", "kl", "reuse", "smooth", "lag", "window")
 SCHEDULES = ("constant", "linear", "cosine")
 """Learning rates after the warm-up: the full one to the end, or down to 0 at the last step."""
+SECONDS_AT_RISK = 60.0
+"""A checkpoint is written at every look at held-out text, and between looks when the last one is so old."""
 _MAX_KEPT_LOGITS = 1 << 30
 """Most bytes of the base's predictions on held-out text that are kept from one look to the next."""
 
@@ -156,7 +159,7 @@ def tune(
     with contextlib.ExitStack() as stack:
         logs = folder is not None and accelerator.is_main_process
         log = stack.enter_context(open(folder / LOG, "ab")) if folder and logs else None
-        first = state.step
+        first, saved = state.step, time.monotonic()
         while state.step < config.steps and state.stopped is None:
             row = run.step(state.step)
             state.step += 1
@@ -171,8 +174,9 @@ def tune(
                 if log:
                     append_line(log, row)
                 on_step(row)
-                if folder is not None and ("held_out" in row or state.step == config.steps):
+                if folder is not None and ("held_out" in row or time.monotonic() - saved >= SECONDS_AT_RISK):
                     run.save(folder, state)
+                    saved = time.monotonic()
             report(_progress_text(row, state), (state.step - first) / (config.steps - first))
     after = _hash_equal(moe, frozen)
     run.load(state.best)

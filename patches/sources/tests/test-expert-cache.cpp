@@ -8,6 +8,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <map>
 #include <stdexcept>
 
 // event-atomic LRU as a list, most recent last: hits are refreshed first, then misses come in
