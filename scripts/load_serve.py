@@ -49,8 +49,8 @@ LAYER_METRIC = re.compile(r'^remoe_expert_cache_(\w+_total)\{layer="(\d+)"\} (\S
 
 
 class Load:
-    def __init__(self, url: str, key: str | None, tokens: int) -> None:
-        self.url, self.tokens = url, tokens
+    def __init__(self, url: str, key: str | None, tokens: int, words: int = 60) -> None:
+        self.url, self.tokens, self.words = url, tokens, words
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.answers: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
@@ -67,7 +67,7 @@ class Load:
         while time.monotonic() < end:
             kind = rng.choice(("chat", "chat", "stream", "stream", "json", "leave"))
             body: dict[str, object] = {
-                "messages": [{"role": "user", "content": " ".join(rng.choices(WORDS, k=rng.randint(4, 60)))}],
+                "messages": [{"role": "user", "content": " ".join(rng.choices(WORDS, k=rng.randint(4, self.words)))}],
                 "max_tokens": rng.randint(1, self.tokens),
                 "temperature": rng.choice((0.0, 0.8)),
                 "seed": seed,
@@ -176,17 +176,21 @@ class Load:
 
 async def run(args: argparse.Namespace) -> dict[str, object]:
     load = Load(args.url.rstrip("/"), os.environ.get("LLAMA_API_KEY"), args.tokens)
+    return await apply(load, args.clients, args.seconds, args.patience)
+
+
+async def apply(load: Load, clients: int, seconds: float, patience: float, first_seed: int = 0) -> dict[str, object]:
     begin = time.monotonic()
-    end = begin + args.seconds
-    timeout = aiohttp.ClientTimeout(total=args.patience)
+    end = begin + seconds
+    timeout = aiohttp.ClientTimeout(total=patience)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as http:
         await load.look(http)
         watch = asyncio.create_task(load.watch(http, end))
-        await asyncio.gather(*(load.client(http, seed, end) for seed in range(args.clients)))
+        await asyncio.gather(*(load.client(http, first_seed + seed, end) for seed in range(clients)))
         await watch
         seconds = time.monotonic() - begin
         await load.look(http)
-    return load.summary(args.clients, seconds)
+    return load.summary(clients, seconds)
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 Every change that a command makes to its folder is a place to kill it (before the call, or in the middle of a write) and
 to let it fail (a full disk from there on, a drive that fails). Tried are the first and the last call of each kind for
-each file; all of them with REMOE_EVERY_FAULT=1.
+each file, and of those a part where a run takes long; every call with REMOE_EVERY_FAULT=1.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from remoe_edge.routing.trace import Trace, save_trace
 
 EVERY = os.environ.get("REMOE_EVERY_FAULT") == "1"
 NOBODY = 65534
+_PLACES = 4
 OLD = b"an older output, whole"
 
 TUNE = ["--length", "24", "--steps", "2", "--micro-batch", "2", "--accumulation", "1", "--held-out", "2"]
@@ -170,9 +171,10 @@ class Bench:
         given = self.scenario
         return self.zygote.run(self.folder, *given.arguments, *more, nth=nth, action=action, call=given.call, user=user)
 
-    @property
-    def places(self) -> list[int]:
-        return worth_trying(self.calls, EVERY)
+    def places(self, part: int = 0) -> list[int]:
+        """Numbers of the calls to try."""
+        found = worth_trying(self.calls, EVERY)
+        return found[part :: len(found) // _PLACES] if self.scenario.torch and not EVERY else found
 
     def check_whole(self, where: str, old: dict[str, bytes] | None = None) -> None:
         """Outputs are there as they must be, or not there, or as they were."""
@@ -209,7 +211,7 @@ def test_killed_at_any_call_it_leaves_whole_outputs_and_the_next_run_succeeds(
 ) -> None:
     tried = bench(name)
     given = tried.scenario
-    for nth in tried.places:
+    for nth in tried.places():
         for action in (KILL, TEAR) if "write" in tried.calls[nth - 1][0] else (KILL,):
             where = f"{'killed' if action == KILL else 'torn'} at call {nth}, {tried.calls[nth - 1]}"
             refill(tried.folder, {})
@@ -241,7 +243,7 @@ def test_killed_while_it_overwrites_it_leaves_the_old_or_the_new_output(
     first = min(old)
     refill(tried.folder, old)
     tried.calls = tried.run("--force").calls
-    for nth in tried.places:
+    for nth in tried.places(1):
         where = f"killed at call {nth}, {tried.calls[nth - 1]}"
         refill(tried.folder, old)
         assert tried.run("--force", nth=nth, action=KILL).status == -signal.SIGKILL
@@ -263,7 +265,7 @@ def test_a_disk_that_fails_is_named_and_costs_nothing(bench: Callable[[str], Ben
     force = ["--force"] if old else []
     refill(tried.folder, old)
     tried.calls = tried.run(*force).calls
-    for nth in tried.places:
+    for nth in tried.places({FULL: 2, FAILING: 3}.get(action, 4)):
         where = f"failed at call {nth}, {tried.calls[nth - 1]}"
         refill(tried.folder, old)
         done = tried.run(*force, nth=nth, action=action)
