@@ -112,6 +112,9 @@ class CacheStats:
 
     Of what was read ahead, `bytes_prefetch`, the next call of the layer needed `bytes_prefetch_used`; experts that came
     this way count as hits, and as `hits_prefetch`.
+
+    With experts on a GPU, `ids_ns` is the time until the router's ids were on the host, while the GPU computes what comes
+    before them, and `remap_ns` the time from there to the launch, without `stall_ns`, while it is idle.
     """
 
     calls: int
@@ -126,6 +129,8 @@ class CacheStats:
     read_ns: int
     hits_prefetch: int = 0
     bytes_prefetch_used: int = 0
+    ids_ns: int = 0
+    remap_ns: int = 0
 
     @property
     def hit_rate(self) -> float | None:
