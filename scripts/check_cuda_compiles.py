@@ -13,7 +13,7 @@ from pathlib import Path
 from remoe_edge.runtime.patch import apply_patches
 from remoe_edge.runtime.pin import load_pin, patches_dir
 from remoe_edge.runtime.sdist import fetch_sdist, unpack
-from remoe_edge.runtime.tools import find_tool
+from remoe_edge.runtime.toolchain import find_tool
 
 TOOLCHAIN = Path(__file__).parent.parent / "jetson" / "toolchain" / "aarch64.cmake"
 SOURCES = ("experts.cu", "ggml-cuda.cu")
