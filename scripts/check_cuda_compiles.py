@@ -25,6 +25,7 @@ OFF += ("LLAMA_BUILD_SERVER", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_EXAMPLES", "LLAM
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toolkit", type=Path, required=True)
+    parser.add_argument("--toolchain", type=Path, default=TOOLCHAIN, help="CMake file, default: jetson/toolchain's")
     args = parser.parse_args()
     if not (args.toolkit / "bin" / "nvcc").exists():
         print(
@@ -39,7 +40,7 @@ def main() -> int:
         apply_patches(patches, tree)
         ninja = find_tool("ninja")
         configure = [str(find_tool("cmake")), "-S", str(tree), "-B", str(build), "-G", "Ninja"]
-        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_TOOLCHAIN_FILE={args.toolchain.absolute()}"]
         configure += [f"-DREMOE_CUDA_TOOLKIT={args.toolkit.absolute()}", f"-DCMAKE_CUDA_ARCHITECTURES={ARCHITECTURES}"]
         configure += ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_CUDA=ON", *(f"-D{name}=OFF" for name in OFF)]
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)

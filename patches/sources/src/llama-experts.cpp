@@ -252,7 +252,7 @@ static ggml_backend_reg_t cpu_reg() {
     return ggml_backend_dev_backend_reg(dev);
 }
 
-void llama_experts::place(const llama_model & model) {
+void llama_experts::choose_device(const llama_model & model) {
     const int n_layer      = model.hparams.n_layer_all;
     const int n_gpu_layers = model.n_gpu_layers();
     if (model.devices.empty() || n_gpu_layers == 0) {

@@ -51,7 +51,7 @@ struct llama_experts {
     static bool takes(const std::string & name);
 
     // decide where experts are computed: on the GPU if it has all layers; throws std::runtime_error
-    void place(const llama_model & model);
+    void choose_device(const llama_model & model);
 
     // buffer type of the tensors in the cache
     ggml_backend_buffer_type_t buft() const;

@@ -224,20 +224,13 @@ static ggml_backend_buffer_type_t expert_buffer_type(ggml_backend_dev_t dev) {
 
     std::lock_guard<std::mutex> lock(mutex);
 
-    auto & buft = bufts[index_of(dev)];
-    buft        = {
-        /* .iface   = */ {
-                          /* .get_name       = */ expert_buffer_type_get_name,
-                          /* .alloc_buffer   = */ expert_buffer_type_alloc_buffer,
-                          /* .get_alignment  = */ expert_buffer_type_get_alignment,
-                          /* .get_max_size   = */ nullptr, // defaults to SIZE_MAX
-            /* .get_alloc_size = */ nullptr, // defaults to ggml_nbytes
-            /* .is_host        = */ nullptr,
-                          },
-        /* .device  = */
-         dev,
-        /* .context = */ nullptr,
-    };
+    auto & buft         = bufts[index_of(dev)];
+    buft.iface          = {};
+    buft.iface.get_name = expert_buffer_type_get_name;
+    // defaults: maximum size SIZE_MAX, ggml_nbytes for a tensor, not a host buffer
+    buft.iface.alloc_buffer  = expert_buffer_type_alloc_buffer;
+    buft.iface.get_alignment = expert_buffer_type_get_alignment;
+    buft.device              = dev;
     return &buft;
 }
 
