@@ -15,7 +15,8 @@ from pathlib import Path
 PATCHES = Path(__file__).parent.parent / "patches"
 
 PARTS = {
-    "ggml-cpu-expert-source.patch": ["ggml"],
+    "ggml-cpu-expert-source.patch": ["ggml/include", "ggml/src/ggml-cpu"],
+    "ggml-cuda-expert-slots.patch": ["ggml/src/ggml-cuda"],
     "llama-expert-cache.patch": ["src", "include"],
     "tools-expert-flags.patch": ["common", "tools/llama-bench"],
     "tools-server-expert.patch": ["tools/server"],

@@ -125,6 +125,9 @@ class CacheStats:
 
     Of what was read ahead, `bytes_prefetch`, the next call of the layer needed `bytes_prefetch_used`; experts that came
     this way count as hits, and as `hits_prefetch`.
+
+    With experts on a GPU, `ids_ns` is the time until the router's ids were on the host, while the GPU computes what
+    comes before them, and `remap_ns` the time from there to the launch, without `stall_ns`, while it is idle.
     """
 
     calls: int
@@ -141,6 +144,8 @@ class CacheStats:
     bytes_prefetch_used: int = 0
     reads_wrong: int = 0
     """With `CacheConfig.verify`: reads that gave wrong bytes; each was made once more."""
+    ids_ns: int = 0
+    remap_ns: int = 0
 
     @property
     def hit_rate(self) -> float | None:

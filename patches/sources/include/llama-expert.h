@@ -46,7 +46,7 @@ struct llama_expert_cache_info {
     uint32_t     n_threads;     // reader threads
     const char * policy;        // "next-use", "lfu", "lru"
     const char * io;            // "direct", "mmap"
-    const char * kernels;       // "plain": expert weights as they are in the file; "repack": in the layout of this CPU's kernels
+    const char * kernels;       // "plain": expert weights as they are in the file; "repack": in the layout of this CPU's kernels; "cuda"
     const char * prefetch;      // "off", "router"
     double       route_bias;    // 0: routing is the model's own, the output exact
     int32_t      route_keep;
@@ -70,6 +70,8 @@ struct llama_expert_cache_stats {
     uint64_t hits_prefetch;       // of the hits, experts that were there, or on their way, because they were read ahead
     uint64_t bytes_prefetch_used; // of bytes_prefetch, bytes of experts that the next call of their layer needed
     uint64_t reads_wrong;         // with expert_cache.verify: reads that gave wrong bytes; they were made once more
+    uint64_t ids_ns;              // on a GPU: time until the ids of the router were on the host, the GPU computes meanwhile
+    uint64_t remap_ns;            // on a GPU: time from there to the launch without stall_ns, the GPU is idle meanwhile
 };
 
 // false if the model has no expert cache; size is sizeof(*info), so that the struct can grow

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstring>
 #include <iterator>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -22,6 +23,13 @@ static size_t round_up(size_t x, size_t n) {
 
 // bytes of a slot: any expert of the tensor, aligned as direct reads want it
 static size_t slot_stride(const llama_expert_tensor_desc & desc) {
+    if (desc.unit > 0) {
+        // every expert has the place in its slot that the first one has
+        const size_t head  = desc.transform ? 0 : desc.offs % LLAMA_EXPERT_IO_ALIGN;
+        const size_t align = desc.transform ? 128 : LLAMA_EXPERT_IO_ALIGN;
+
+        return round_up(head + desc.size + desc.pad, std::lcm(align, desc.unit));
+    }
     if (desc.transform) {
         return round_up(desc.size, 64);
     }
@@ -76,12 +84,16 @@ llama_expert_cache::~llama_expert_cache() {
 #ifdef __linux__
     for (auto & g : groups) {
         for (auto & t : g.tensors) {
-            if (t.arena != nullptr) {
+            if (t.arena != nullptr && memory != nullptr) {
+                memory->free(t.arena, t.n_arena);
+            } else if (t.arena != nullptr) {
                 munmap(t.arena, t.n_arena);
             }
         }
     }
-    if (staging != nullptr) {
+    if (staging != nullptr && memory != nullptr) {
+        memory->free_staging(staging, n_readers * n_staging);
+    } else if (staging != nullptr) {
         munmap(staging, n_readers * n_staging);
     }
 #endif
@@ -137,6 +149,13 @@ int llama_expert_cache::n_slots_for(size_t budget) const {
 }
 
 #ifdef __linux__
+static uint8_t * allocated(uint8_t * addr, size_t size, const std::string & what) {
+    if (addr == nullptr) {
+        throw std::runtime_error("cannot allocate " + std::to_string(size) + " bytes on the device for " + what + ": use a smaller --expert-cache");
+    }
+    return addr;
+}
+
 // memory in large pages, taken now and not at the first use
 // Direct reads pin the pages that they fill: with large ones that is a fifth faster, see docs/performance.md.
 static uint8_t * allocate_pages(size_t size, const std::string & what) {
@@ -166,8 +185,10 @@ std::vector<llama_expert_group_desc> llama_expert_cache::descs() const {
     return res;
 }
 
-void llama_expert_cache::allocate(int n_slots) {
+void llama_expert_cache::allocate(int n_slots, llama_expert_memory * memory) {
     assert(slots_per_layer == 0 && n_slots >= n_slots_min());
+
+    this->memory = memory;
 
     if (checksums) {
         checksums->sweep(files, descs(), n_readers, report); // its buffers are gone before there are slots
@@ -183,7 +204,8 @@ void llama_expert_cache::allocate(int n_slots) {
         for (auto & t : g.tensors) {
             t.n_arena = n * t.stride;
 #ifdef __linux__
-            t.arena = allocate_pages(t.n_arena, "slots of " + t.desc.name);
+            t.arena = memory ? allocated(memory->alloc(t.n_arena), t.n_arena, "slots of " + t.desc.name)
+                             : allocate_pages(t.n_arena, "slots of " + t.desc.name);
 #endif
             t.slices.resize(n);
         }
@@ -193,7 +215,8 @@ void llama_expert_cache::allocate(int n_slots) {
 
 #ifdef __linux__
     if (n_staging > 0) {
-        staging = allocate_pages(n_readers * n_staging, "staging");
+        staging = memory ? allocated(memory->alloc_staging(n_readers * n_staging), n_readers * n_staging, "staging")
+                         : allocate_pages(n_readers * n_staging, "staging");
     }
 #endif
     slots_per_layer = n_slots;
@@ -561,11 +584,21 @@ bool llama_expert_cache::begin(int ig, int it, const char * data, int64_t n_ids,
 }
 
 int llama_expert_cache::next(int ith, const void ** data) {
-    cursor & c = op_cursors[ith];
+    const cursor & c = op_cursors[ith];
 
     if (op_streamed && c.pos > 0) {
         leave(op_order[c.pos - 1]);
     }
+    return advance(ith, data, true);
+}
+
+int llama_expert_cache::next_held(const void ** data, bool wait) {
+    return advance(0, data, wait);
+}
+
+int llama_expert_cache::advance(int ith, const void ** data, bool wait) {
+    cursor & c = op_cursors[ith];
+
     if (c.pos == op_order.size()) {
         return -1;
     }
@@ -574,6 +607,9 @@ int llama_expert_cache::next(int ith, const void ** data) {
     const tensor & t = g.tensors[op_tensor];
 
     if (c.pos >= op_ready.load(std::memory_order_acquire)) {
+        if (!wait && !op_failed.load()) {
+            return -3;
+        }
         std::unique_lock<std::mutex> lock(mutex);
 
         const uint64_t t_start = now_ns();
@@ -821,7 +857,16 @@ std::string llama_expert_cache::read(const request & r, int ir, int & n_wrong) c
             err = ++n_wrong < 2 ? files.read(t.desc.file, offs, t.desc.size, raw) : "the bytes are not those that were there when the model was loaded, twice";
         }
     }
-    if (err.empty() && t.desc.transform) {
+    if (!t.desc.transform) {
+        if (t.desc.pad > 0) {
+            memset(slot + offs % LLAMA_EXPERT_IO_ALIGN + t.desc.size, 0, t.desc.pad); // direct reads fill whole pages
+        }
+        return err;
+    }
+    if (err.empty() && memory != nullptr) {
+        return memory->write(slot, raw + offs % LLAMA_EXPERT_IO_ALIGN, t.desc.size);
+    }
+    if (err.empty()) {
         transform(r.group, r.tensor, raw + offs % LLAMA_EXPERT_IO_ALIGN, slot);
     }
     return err;
@@ -924,6 +969,8 @@ llama_expert_counters llama_expert_cache::counters(int il) const {
         res.stall_ns += c.stall_ns;
         res.read_ns += c.read_ns;
         res.reads_wrong += c.reads_wrong;
+        res.ids_ns += c.ids_ns;
+        res.remap_ns += c.remap_ns;
     }
     return res;
 }
@@ -934,6 +981,29 @@ void llama_expert_cache::reset_counters() {
     for (auto & g : groups) {
         g.counters = {};
     }
+}
+
+void llama_expert_cache::count_device(int ig, uint64_t ids_ns, uint64_t remap_ns) {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    if (counting) {
+        groups[ig].counters.ids_ns += ids_ns;
+        groups[ig].counters.remap_ns += remap_ns;
+    }
+}
+
+const void * llama_expert_cache::slots(int ig, int it, size_t * stride) const {
+    const tensor & t = groups[ig].tensors[it];
+
+    *stride = t.stride;
+
+    return data(t, 0, 0);
+}
+
+void llama_expert_cache::set_error(const std::string & text) {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    error = text;
 }
 
 const char * llama_expert_cache::last_error() const {
@@ -965,6 +1035,9 @@ bool llama_expert_cache::flip_byte(int il) {
         return false;
     }
     const tensor & t = g.tensors[0];
+    if (memory != nullptr && t.desc.transform) {
+        return false; // the host may not be able to write there
+    }
     data(t, g.slot_of[best], best)[t.desc.size / 2 + 3] ^= 0xff;
 
     return true;

@@ -2,6 +2,7 @@
 
 #include "llama-expert-checksum.h"
 #include "llama-expert-io.h"
+#include "llama-expert-memory.h"
 #include "llama-expert-policy.h"
 
 #include <atomic>
@@ -52,6 +53,9 @@
 // A tensor may want its experts in another layout than the file has (repacked for the kernels of this CPU): they are read
 // into a staging buffer of the reader and transformed into the slot. Others are read into the slot without a copy.
 //
+// The slots of a tensor can be an array for the kernels of a GPU: equal distances that are multiples of the type's size, and
+// zeros behind every expert. They are in memory of a device then, which readers may or may not be able to write to.
+//
 // One graph at a time: the owner holds turn() while a graph runs. Two contexts on one model take turns.
 
 // where one tensor of a group lies: expert e is [offs + e*size, offs + (e + 1)*size) of the file
@@ -62,6 +66,11 @@ struct llama_expert_tensor_desc {
     size_t      size = 0; // bytes of one expert
 
     bool transform = false; // a slot holds the expert as the owner's transform function writes it, in as many bytes
+
+    // for slots in memory of a device: read into staging memory and written from there if transform is set, else read in
+    // place, which takes a size that is a multiple of LLAMA_EXPERT_IO_ALIGN
+    size_t unit = 0; // the distance of slots is a multiple of this; 0: ordinary memory
+    size_t pad  = 0; // zeroed bytes behind an expert
 };
 
 // called by reader threads: bytes of an expert as in the file -> as a slot holds them
@@ -91,6 +100,8 @@ struct llama_expert_counters {
     uint64_t stall_ns       = 0;
     uint64_t read_ns        = 0;
     uint64_t reads_wrong    = 0; // whose bytes had not the checksum of the expert
+    uint64_t ids_ns         = 0; // experts on a device: until the ids of the router were on the host
+    uint64_t remap_ns       = 0; // from there to the launch, without stall_ns
 };
 
 class llama_expert_cache {
@@ -125,7 +136,8 @@ public:
     // Called before allocate(), which reads all experts once.
     void verify(llama_expert_checksums::progress report);
 
-    void allocate(int n_slots); // throws std::runtime_error
+    // memory: of the slots of tensors that have a unit, outlives the cache; throws std::runtime_error
+    void allocate(int n_slots, llama_expert_memory * memory = nullptr);
 
     bool verifies() const { return checksums != nullptr; }
 
@@ -151,6 +163,22 @@ public:
     // Called by every thread until it returns a negative number: -1 all experts of the op were returned, -2 a read
     // failed. Every thread gets every expert once. The address holds until the thread's next call.
     int next(int ith, const void ** data);
+
+    // For a device that computes later than it is told to, in place of next() of a single thread: in a call that is
+    // streamed the address holds until leave() of the expert, before the next op begins. -3: none is ready and wait is false.
+    int  next_held(const void ** data, bool wait);
+    void leave(int expert);
+
+    // of the current op
+    bool streamed() const { return op_streamed; }
+
+    // address of slot 0 of a tensor with a unit as next() gives it, and the distance of slots
+    const void * slots(int group, int tensor, size_t * stride) const;
+
+    void count_device(int group, uint64_t ids_ns, uint64_t remap_ns);
+
+    // the text that last_error() gives from now on
+    void set_error(const std::string & text);
 
     // [n_expert] which experts have a slot before the next call of group ig. Without read_ahead() this follows from the
     // calls alone, not from the time that reads take. The caller holds turn(), and no call is in progress.
@@ -181,7 +209,7 @@ public:
     // text of the last failed read, "" if there was none; the pointer holds until the calling thread's next call
     const char * last_error() const;
 
-    // for tests: invert one byte of the expert that the policy would keep longest
+    // for tests: invert one byte of the expert that the policy would keep longest; not in memory that is written to
     bool flip_byte(int il);
 
 private:
@@ -271,6 +299,7 @@ private:
 
     std::unique_ptr<llama_expert_checksums> checksums; // nullptr: reads are believed
     llama_expert_checksums::progress        report;
+    llama_expert_memory *                   memory = nullptr; // of slots on a device
 
     size_t    n_staging = 0; // bytes of a reader's staging buffer
     uint8_t * staging   = nullptr;
@@ -341,6 +370,6 @@ private:
     uint8_t *   data(const tensor & t, int slot, int expert) const;
     std::string read(const request & r, int ir, int & n_wrong) const;
 
-    void leave(int expert);
+    int  advance(int ith, const void ** data, bool wait);
     void reader_main(int ir);
 };

@@ -8,6 +8,7 @@
 #include "llama-model-loader.h"
 #include "llama-model.h"
 
+#include "ggml-cpp.h"
 #include "ggml-cpu.h"
 
 #include <algorithm>
@@ -260,7 +261,40 @@ static ggml_backend_reg_t cpu_reg() {
     return ggml_backend_dev_backend_reg(dev);
 }
 
-ggml_backend_buffer_type_t llama_experts::buft() {
+void llama_experts::choose_device(const llama_model & model) {
+    const int n_layer      = model.hparams.n_layer_all;
+    const int n_gpu_layers = model.n_gpu_layers();
+    if (model.devices.empty() || n_gpu_layers == 0) {
+        return;
+    }
+    if (n_gpu_layers <= n_layer) {
+        throw std::runtime_error(format("the expert cache computes the experts of all layers in one place, and %d of %d layers are for the GPU: use --n-gpu-layers 0 or all (and --fit off)", n_gpu_layers, n_layer + 1));
+    }
+    if (model.devices.size() > 1) {
+        throw std::runtime_error(format("the expert cache works with one GPU, and %d were chosen: name one with --device", (int) model.devices.size()));
+    }
+    gpu = model.devices[0].dev;
+
+    auto * fn = (const ggml_cuda_experts_i * (*)()) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(gpu), "ggml_backend_cuda_experts");
+    cuda      = fn ? fn() : nullptr;
+    if (!cuda) {
+        throw std::runtime_error(format("the expert cache works on CPU and CUDA, not on %s: use --n-gpu-layers 0", ggml_backend_dev_name(gpu)));
+    }
+    if (model.arch == LLM_ARCH_MISTRAL4) {
+        throw std::runtime_error("the experts of this model need a precision that CUDA does not have: use the expert cache with --n-gpu-layers 0");
+    }
+    if (config.prefetch) {
+        throw std::runtime_error("expert prefetch needs the routers in the memory of the CPU: use --expert-prefetch with --n-gpu-layers 0");
+    }
+    if (config.repack == llama_expert_config::REPACK_ON) {
+        throw std::runtime_error("experts are repacked for kernels of the CPU: use --expert-cache-repack on with --n-gpu-layers 0");
+    }
+}
+
+ggml_backend_buffer_type_t llama_experts::buft() const {
+    if (cuda) {
+        return cuda->buffer_type(gpu);
+    }
     auto * fn = (decltype(ggml_backend_cpu_expert_buffer_type) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_buffer_type");
     if (!fn) {
         throw std::runtime_error("the CPU backend has no expert buffers");
@@ -294,6 +328,10 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
         fds.push_back(file->file_id());
     }
     files = std::make_unique<llama_expert_files>(fds, config.io);
+    if (cuda) {
+        memory     = std::make_unique<llama_expert_cuda_memory>(*cuda, gpu, *files);
+        may_repack = false;
+    }
 
     // one group per block and kind of expert ("exps", "chexps"), tensors in the order in which the graph uses them
     static const char * order[] = { "ffn_up_", "ffn_gate_up_", "ffn_gate_", "ffn_down_" };
@@ -331,7 +369,8 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
 
     auto *                       buffer_fn = (decltype(ggml_backend_cpu_expert_buffer) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_buffer");
     const ggml_cpu_expert_source source    = { this, source_begin, source_next };
-    ggml_backend_buffer_ptr      buf{ buffer_fn(range, n_range, &source, repack) };
+    const auto                   on_gpu    = cuda_source(this);
+    ggml_backend_buffer_ptr      buf{ cuda ? cuda->buffer(gpu, range, n_range, &on_gpu) : buffer_fn(range, n_range, &source, repack) };
     auto *                       repack_fn = (decltype(ggml_backend_cpu_expert_repack) *) ggml_backend_reg_get_proc_address(cpu_reg(), "ggml_backend_cpu_expert_repack");
 
     std::vector<llama_expert_group_desc> groups;
@@ -357,6 +396,13 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
 
             const auto & w = ml.require_weight(t->name);
             desc.tensors.push_back({ t->name, w.idx, w.offs, t->nb[2], repack_fn(t, nullptr, nullptr) });
+            if (cuda) {
+                check_gpu(t);
+                auto & d    = desc.tensors.back();
+                d.unit      = ggml_type_size(t->type);
+                d.pad       = cuda->padding(t);
+                d.transform = !memory->in_place() || d.size % LLAMA_EXPERT_IO_ALIGN != 0;
+            }
             tensors.back().push_back(t);
         }
         groups.push_back(std::move(desc));
@@ -416,15 +462,29 @@ void llama_experts::verify() {
     });
 }
 
+// an op that the GPU refuses would go to the CPU, which has no experts then
+void llama_experts::check_gpu(ggml_tensor * weight) const {
+    ggml_context_ptr ctx{ ggml_init({ 3 * ggml_tensor_overhead(), nullptr, true }) };
+    ggml_tensor *    b   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, weight->ne[0], 1, 1);
+    ggml_tensor *    ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 1);
+    if (!ggml_backend_dev_supports_op(gpu, ggml_mul_mat_id(ctx.get(), weight, b, ids))) {
+        throw std::runtime_error(format("%s has no kernels for the experts in %s (%s): use the expert cache with --n-gpu-layers 0", ggml_backend_dev_name(gpu), weight->name, ggml_type_name(weight->type)));
+    }
+}
+
 void llama_experts::allocate(int n_slots) {
-    cache->allocate(n_slots);
+    cache->allocate(n_slots, memory.get());
 
     LLAMA_LOG_INFO("%s: expert cache: %d slots of %d experts in each of %d layers, %.1f of %.1f MiB (budget %s, floor %.1f MiB, all experts %.1f MiB)\n", __func__,
         n_slots, cache->n_slots_max(), cache->n_groups(), cache->bytes_for(n_slots) / MiB, budget / MiB, config.budget.c_str(),
         cache->bytes_floor() / MiB, cache->bytes_experts() / MiB);
     LLAMA_LOG_INFO("%s: expert cache: policy %s, %s reads with %d threads, prefetch %s, %s kernels%s\n", __func__,
         llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads, config.prefetch ? "router" : "off",
-        cache->transforms() ? "repacked" : "plain", cache->verifies() ? ", reads verified" : "");
+        kernels(), cache->verifies() ? ", reads verified" : "");
+    if (memory) {
+        LLAMA_LOG_INFO("%s: expert cache: slots in %s%s\n", __func__, memory->description(),
+            memory->in_place() && cache->transforms() ? ", those of experts that are no multiple of 4 KiB through staging" : "");
+    }
     if (!choosers.empty()) {
         LLAMA_LOG_WARN("%s: expert cache: ROUTE BIAS %g: tokens that come one at a time prefer experts in the cache, the router's first %d stay: the output is not the model's own\n", __func__,
             config.route_bias, config.route_keep);
@@ -537,8 +597,14 @@ void llama_experts::on_context(const llama_model & model, size_t n_compute) {
     if (cache->n_slots() > 0) {
         return;
     }
-    const uint64_t available = memory_available();
-
+    uint64_t available = memory_available();
+    if (gpu) {
+        size_t n_free, n_total;
+        ggml_backend_dev_memory(gpu, &n_free, &n_total);
+        // an integrated GPU has no memory of its own: both say what is left of the same
+        available = cuda->integrated(gpu) ? std::min<uint64_t>(available, n_free) : n_free;
+        n_compute = 0; // on a GPU what is reserved is taken
+    }
     const uint64_t reserve = reserve_of(available) + n_compute;
 
     budget = available > reserve ? available - reserve : 0;
@@ -679,6 +745,46 @@ int llama_experts::source_next(void * user, int ith, const void ** data) {
     return ((llama_experts *) user)->cache->next(ith, data);
 }
 
+ggml_cuda_expert_source llama_experts::cuda_source(llama_experts * self) {
+    ggml_cuda_expert_source res = {};
+    res.user                    = self;
+
+    res.begin = [](void * user, const ggml_tensor * op, const int32_t * ids) {
+        auto *       self = (llama_experts *) user;
+        const auto   it   = self->places.find(op->src[0]);
+        const auto & ne   = op->src[2]->ne;
+        GGML_ASSERT(it != self->places.end() && "MUL_MAT_ID on a view of an expert tensor");
+
+        self->cache->begin(it->second.group, it->second.tensor, (const char *) ids, ne[0], ne[1], sizeof(int32_t), ne[0] * sizeof(int32_t), 1);
+
+        return !self->cache->streamed();
+    };
+    res.next = [](void * user, bool wait, const void ** data) {
+        return ((llama_experts *) user)->cache->next_held(data, wait);
+    };
+    res.leave = [](void * user, int expert) {
+        ((llama_experts *) user)->cache->leave(expert);
+    };
+    res.slots = [](void * user, const ggml_tensor * tensor) {
+        auto *     self = (llama_experts *) user;
+        const auto it   = self->places.find(tensor);
+
+        ggml_cuda_expert_slots res;
+        res.base = self->cache->slots(it->second.group, it->second.tensor, &res.stride);
+        res.n    = std::min<int>(self->cache->n_slots(), tensor->ne[2]);
+
+        return res;
+    };
+    res.timed = [](void * user, const ggml_tensor * op, uint64_t ids_ns, uint64_t remap_ns) {
+        auto * self = (llama_experts *) user;
+        self->cache->count_device(self->places.find(op->src[0])->second.group, ids_ns, remap_ns);
+    };
+    res.failed = [](void * user, const char * what) {
+        ((llama_experts *) user)->cache->set_error(what);
+    };
+    return res;
+}
+
 //
 // C API
 //
@@ -701,7 +807,7 @@ bool llama_expert_cache_get_info(const llama_model * model, llama_expert_cache_i
     res.policy                  = llama_expert_policy_name(experts.config.policy);
     res.io                      = llama_expert_io_mode_name(experts.files->mode());
     res.prefetch                = experts.config.prefetch ? "router" : "off";
-    res.kernels                 = cache.transforms() ? "repack" : "plain";
+    res.kernels                 = experts.kernels();
     res.route_bias              = experts.config.route_bias;
     res.route_keep              = experts.config.route_bias > 0.0 ? experts.config.route_keep : 0;
     res.verify                  = cache.verifies();
@@ -732,6 +838,8 @@ bool llama_expert_cache_get_stats(const llama_model * model, int32_t il, llama_e
     res.hits_prefetch            = c.hits_ahead;
     res.bytes_prefetch_used      = c.bytes_used;
     res.reads_wrong              = c.reads_wrong;
+    res.ids_ns                   = c.ids_ns;
+    res.remap_ns                 = c.remap_ns;
     memcpy(stats, &res, std::min(size, sizeof(res)));
 
     return true;

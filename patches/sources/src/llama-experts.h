@@ -2,6 +2,7 @@
 
 #include "llama-expert-bias.h"
 #include "llama-expert-cache.h"
+#include "llama-expert-cuda.h"
 #include "llama-expert-forecast.h"
 #include "llama-expert-warm.h"
 
@@ -18,7 +19,7 @@ struct llama_model;
 struct llama_model_kv_override;
 struct llama_model_loader;
 
-// The experts of one model that live in a cache: connects the loader, the MUL_MAT_ID of ggml-cpu and the cache.
+// The experts of one model that live in a cache: connects the loader, the MUL_MAT_ID of ggml-cpu or ggml-cuda and the cache.
 
 struct llama_expert_config {
     std::string          budget    = "off"; // as the user wrote it
@@ -53,8 +54,11 @@ struct llama_experts {
     // whether a tensor of the model file goes through the cache, by name
     static bool takes(const std::string & name);
 
+    // decide where experts are computed: on the GPU if it has all layers; throws std::runtime_error
+    void choose_device(const llama_model & model);
+
     // buffer type of the tensors in the cache
-    static ggml_backend_buffer_type_t buft();
+    ggml_backend_buffer_type_t buft() const;
 
     // give the tensors of ctx addresses that are never touched, and set up the cache on the files of the loader;
     // throws std::runtime_error
@@ -75,8 +79,13 @@ struct llama_experts {
     size_t              budget = 0; // bytes
     std::string         warm_state; // "loaded" or why the start was cold; "" without config.warm
 
-    std::unique_ptr<llama_expert_files> files; // outlives the cache
-    std::unique_ptr<llama_expert_cache> cache;
+    std::unique_ptr<llama_expert_files>       files; // outlive the cache
+    std::unique_ptr<llama_expert_cuda_memory> memory; // of slots for a GPU
+    std::unique_ptr<llama_expert_cache>       cache;
+
+    // which kernels compute the experts
+    const char * kernels() const { return cuda ? "cuda" : cache->transforms() ? "repack"
+                                                                              : "plain"; }
 
 private:
     struct place {
@@ -101,11 +110,15 @@ private:
 
     int n_expert_max = 0;
 
+    const ggml_cuda_experts_i * cuda = nullptr; // set if experts are computed on the GPU
+    ggml_backend_dev_t          gpu  = nullptr;
+
     void * range   = nullptr; // reserved addresses
     size_t n_range = 0;
 
     bool fits(size_t n_bytes) const;
     void verify();
+    void check_gpu(ggml_tensor * weight) const;
     void allocate(int n_slots);
     void read_hot_set(const llama_model_loader & ml);
     void load_experts();
@@ -117,4 +130,6 @@ private:
     static void choose(ggml_tensor * dst, const ggml_tensor * scores, int ith, int nth, void * user);
     static void source_begin(void * user, const ggml_tensor * op, int n_threads);
     static int  source_next(void * user, int ith, const void ** data);
+
+    static ggml_cuda_expert_source cuda_source(llama_experts * self);
 };
