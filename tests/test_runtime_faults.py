@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from reads_under_faults import CONTROL, KINDS
 from tiny_models import write_tiny_model
 
-from remoe_edge import Llama
+import remoe_edge
 from remoe_edge.cli import cli
 from remoe_edge.errors import RemoeError
 from remoe_edge.runtime.build import ensure_runtime
@@ -240,7 +240,9 @@ class TestVerify:
         assert alone.returncode != 0
         assert "have no effect without --expert-cache" in alone.stderr + alone.stdout
         with pytest.raises(RemoeError, match="unknown value 'maybe' for verifying experts, use on or off"):
-            Llama(str(model), expert_cache="2s", kv_overrides={"expert_cache.verify": "maybe"}, verbose=False)
+            remoe_edge.Llama(
+                str(model), expert_cache="2s", kv_overrides={"expert_cache.verify": "maybe"}, verbose=False
+            )
 
     def test_the_command(self, model: Path) -> None:
         common = ["run", str(model), "-p", "ab", "-n", "3", "--threads", "1"]

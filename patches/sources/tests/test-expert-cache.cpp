@@ -8,8 +8,11 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <stdexcept>
+#include <sys/stat.h>
 
 // event-atomic LRU as a list, most recent last: hits are refreshed first, then misses come in
 struct reference_lru {
