@@ -122,8 +122,8 @@ def command(
         refuse({"--expert-cache-warm": warm}, "with --expert-cache off")
     if temp == 0:
         refuse({"--top-p": top_p, "--seed": seed}, "with --temp 0")
-    size = budget or ("auto" if has_experts(model) else "off")
-    config = CacheConfig(size, policy, io, cache_threads, prefetch, warm=warm)
+    budget = budget or ("auto" if has_experts(model) else "off")
+    config = CacheConfig(budget, policy, io, cache_threads, prefetch, warm=warm)
     sensor = find_source(power).source
     sensor.close()
     with stderr_progress() as report:

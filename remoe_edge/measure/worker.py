@@ -218,7 +218,7 @@ def _own_hot_set(cache: CacheConfig) -> Iterator[CacheConfig]:
         yield cache
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield replace(cache, warm=shutil.copy(cache.warm, Path(folder) / "hot"))
+        yield replace(cache, warm=shutil.copy(cache.warm, f"{folder}/hot"))
 
 
 def _generate(
