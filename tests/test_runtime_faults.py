@@ -243,8 +243,6 @@ class TestVerify:
             remoe_edge.Llama(
                 str(model), expert_cache="2s", kv_overrides={"expert_cache.verify": "maybe"}, verbose=False
             )
-                str(model), expert_cache="2s", kv_overrides={"expert_cache.verify": "maybe"}, verbose=False
-            )
 
     def test_the_command(self, model: Path) -> None:
         common = ["run", str(model), "-p", "ab", "-n", "3", "--threads", "1"]
