@@ -131,7 +131,7 @@ def start(serve: Sequence[str], memory: int, log: Path) -> dict[str, Any]:
 
 
 def start_smallest(serve: Sequence[str], memory: int | None, log: Path) -> dict[str, Any]:
-    """A server with so many MiB, or the least that works: the floor is known only when the model is loaded."""
+    """A server with so many MiB, or the least that works: only the runtime, with the model loaded, knows its floor."""
     least = memory or smallest_memory(serve)
     for mib in range(least, least + _SEARCH_MIB):
         try:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.runtime.patch import apply_patches, parse_patch
+from remoe_edge.runtime.patch import apply_patches, fit_patches, parse_patch
 from remoe_edge.runtime.pin import patches_digest
 
 OLD = "".join(f"line {n}\n" for n in range(1, 41))
@@ -168,3 +168,18 @@ def test_digest_covers_everything_that_is_applied(tmp_path: Path) -> None:
             file.write("\n0001.patch\n" if name == "series" else "more")
         digests.add(patches_digest(patches))
     assert len(digests) == 5
+
+
+def test_hunks_that_fit_another_release_are_told_from_those_that_do_not(tmp_path: Path, tree: Path) -> None:
+    patches = make_patches(
+        tmp_path / "patches", diff("src/a.cpp", OLD, NEW), diff("src/c.cpp", OLD, NEW), sources={"src/b.cpp": "mine\n"}
+    )
+    fits, collisions = fit_patches(patches, tree)
+    assert [fit.moved for fit in fits] == [0, 0, None, None]
+    assert [(fit.patch, fit.file, fit.number) for fit in fits][2] == ("0002.patch", "src/c.cpp", 1)
+    assert collisions == [Path("src/b.cpp")]
+    # Two new lines on top, and the place of the second hunk rewritten.
+    (tree / "src" / "a.cpp").write_text("new\nnew\n" + OLD.replace("line 31\n", "other\n"))
+    before = snapshot(tree)
+    assert [fit.moved for fit in fit_patches(patches, tree)[0]][:2] == [2, None]
+    assert snapshot(tree) == before

@@ -45,6 +45,17 @@ class FilePatch:
         return FilePatch(self.path, [hunk.reversed() for hunk in self.hunks])
 
 
+@dataclass(frozen=True)
+class HunkFit:
+    """Whether a hunk fits a tree. `moved` is by how many lines it stands elsewhere, None if it does not fit."""
+
+    patch: str
+    file: str
+    number: int
+    header: str
+    moved: int | None
+
+
 class _DoesNotFitError(Exception):
     """The message says which patch, file and hunk."""
 
@@ -136,6 +147,29 @@ def apply_patches(patches: Path, tree: Path) -> list[Path]:
             if target.exists():
                 shutil.copymode(target, temporary)
     return sorted(changes)
+
+
+def fit_patches(patches: Path, tree: Path) -> tuple[list[HunkFit], list[Path]]:
+    """Every hunk, and whether it fits an unpatched tree in which those before it that fit are applied; changes nothing.
+
+    Also the own files that the tree has already.
+    """
+    contents: _Contents = {}
+    fits = []
+    for patch in patch_files(patches):
+        for file in parse_patch(patch):
+            if file.path not in contents:
+                contents[file.path] = _read_lines(tree, file.path)
+            shift = 0
+            for number, hunk in enumerate(file.hunks, 1):
+                lines = contents[file.path]
+                at = None if lines is None else _find(hunk.old, lines, 0, hunk.old_start + shift)
+                if lines is not None and at is not None:
+                    contents[file.path] = lines[:at] + hunk.new + lines[at + len(hunk.old) :]
+                    shift += len(hunk.new) - len(hunk.old)
+                moved = None if at is None else at - (hunk.new_start if hunk.new else hunk.old_start + shift)
+                fits.append(HunkFit(patch.name, str(file.path), number, hunk.header, moved))
+    return fits, [name for name in source_files(patches) if (tree / name).exists()]
 
 
 def _source_changes(patches: Path, tree: Path) -> dict[Path, bytes]:
