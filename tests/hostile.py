@@ -290,6 +290,8 @@ CASES = {
     "embedding_length_is_huge": Case(_u32(f"{ARCH}.embedding_length", 2**32 - 1), None, ""),
     "experts_of_one_block_differ": Case(_tensor(UP, shape=(64, 64, 4)), None, "expert|shape"),
     "experts_have_one_dimension": Case(_tensor(UP, shape=(32,)), None, "shape|dimension|expert"),
+    # ggml's CPU backend calls a null pointer; found by fuzzing.
+    "weights_are_integers": Case(_tensor("output.weight", type=25), None, "output.weight' is of type I16"),
     "expert_tensor_is_missing": Case(_rename(UP, "blk.0.ffn_other.weight"), None, "missing|ffn_up_exps"),
     "expert_tensor_has_four_dimensions": Case(_tensor(UP, shape=(64, 4, 8, 8)), None, "shape|dimension"),
 }  # fmt: skip

@@ -26,6 +26,9 @@ MAX_EXPERTS = 1024
 MAX_TOKENS = 1 << 22
 """Many times the largest vocabulary seen (262,144); bounds the memory that a hostile file costs."""
 
+_NOT_MULTIPLIED = {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"}
+"""Types without a dot product in ggml's CPU backend, which calls a null pointer for them."""
+
 _TOKENS = "tokenizer.ggml.tokens"
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
@@ -39,6 +42,10 @@ def check_runnable(path: Path) -> list[Layout]:
     layouts = read_model(path)
     check_shape(layouts)
     _check_tokens(layouts[0])
+    for layout in layouts:
+        for name, tensor in layout.tensors.items():
+            if name.endswith(".weight") and len(tensor.shape) > 1 and tensor.type.name in _NOT_MULTIPLIED:
+                raise RemoeError(f"{layout.path}: tensor '{name}' is of type {tensor.type.name}, which no weight is")
     return layouts
 
 
