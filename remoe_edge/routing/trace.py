@@ -50,6 +50,9 @@ _UNREADABLE = (
     EOFError,
     NotImplementedError,
     RuntimeError,
+    # numpy, of an array's header that is no Python, or a dictionary of other than names.
+    SyntaxError,
+    TypeError,
     ValueError,
 )
 
