@@ -277,6 +277,20 @@ CASES = {
         _field(f"{ARCH}.rope.scaling.type", STRING, make.text("x")), None, "rope.scaling.type' is 'x'"
     ),
     "token_is_twice": Case(_double_token, None, "token 'same' .* twice"),
+    # Found by fuzzing: a null pointer is called. 9 is Q8_1, 24 to 28 are I8, I16, I32, I64 and F64.
+    **{
+        f"matrix_of_type_{kind}": Case(
+            _tensor(name, type=kind, shape=shape), None, "'.*' is of type .*, which no matrix can be"
+        )
+        for kind, name, shape in (
+            (9, "token_embd.weight", (64, 8)),
+            (24, "output.weight", (64, 323)),
+            (25, "output.weight", (64, 323)),
+            (26, UP, (64, 8, 4)),
+            (27, "output.weight", (64, 40)),
+            (28, "output.weight", (64, 40)),
+        )
+    },
     "token_is_twice_before_nul": Case(_double_token_with_nul, None, "token 'same' .* twice"),
     # Sizes that contradict each other: found while a graph is built, in the code of one architecture.
     "rope_is_wider_than_heads": Case(_u32(f"{ARCH}.rope.dimension_count", 2), None, "llama.cpp cannot go on.*n_rot"),
