@@ -259,7 +259,7 @@ def run(args: argparse.Namespace) -> None:
             append_line(file, server)
         part = sum("answers" in line for line in lines)
         # About two tokens for a word of these, and room for the answer.
-        words = max(5, (args.ctx - args.tokens - 40) // 2)
+        words = args.words or max(5, (args.ctx - args.tokens - 40) // 2)
         load = Soak(file, server, part, args.tokens, words)
         try:
             done = asyncio.run(apply(load, args.clients, args.seconds, args.patience, first_seed=1000 * part))
@@ -279,6 +279,9 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--ctx", type=int, default=512, help="tokens of a slot")
     parser.add_argument("--tokens", type=int, default=48, help="longest answer")
+    parser.add_argument(
+        "--words", type=int, help="longest prompt; default: what the context holds at two tokens a word"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--patience", type=float, default=300, help="seconds that a client waits for an answer")
     parser.add_argument("--warm-up", type=float, default=60, help="seconds of load that do not count for growth")

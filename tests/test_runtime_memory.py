@@ -102,3 +102,32 @@ def test_memory_is_what_was_promised(twin: Path, prompt_tokens: int) -> None:
         assert peak <= BUDGET + rest.total, f"{peak / MIB:.1f} MiB with {rest}"
         # Of the budget no more was taken than the cache said, give or take what malloc rounds up.
         assert peak <= run.info.used + rest.total + bookkeeping + MIB, f"{peak / MIB:.1f} MiB with {rest}"
+
+
+NEIGHBOUR = "import sys; taken = bytearray(b'x') * int(sys.argv[1]); print('taken', flush=True); input()"
+
+
+def test_a_neighbour_that_takes_the_rest_of_the_memory_changes_nothing(twin: Path) -> None:
+    """The cache has its budget from the start: it takes no more, gives nothing away, and the output is the same."""
+    rest, taken = needs(twin, 1), 256 * MIB
+    alone, _ = decode_in_process(job(twin, 1, CacheConfig(str(BUDGET))))
+    try:
+        with memory_group(BUDGET + rest.total + taken + 48 * MIB) as group:
+            command = group.command([sys.executable, "-c", NEIGHBOUR, str(taken)])
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as neighbour:
+                try:
+                    assert neighbour.stdout is not None
+                    assert neighbour.stdout.readline() == b"taken\n"
+                    before = group.memory()
+                    assert before >= taken
+                    run, peak = decode_in_process(job(twin, 1, CacheConfig(str(BUDGET))), group)
+                    assert group.oom_kills() == 0
+                finally:
+                    neighbour.communicate(b"\n")
+    except CgroupUnavailableError:
+        pytest.skip("needs a control group")
+    assert run.info
+    assert alone.info
+    assert run.info.used == alone.info.used <= run.info.budget == BUDGET
+    assert run.logits_sha256 == alone.logits_sha256
+    assert peak - before <= BUDGET + rest.total
