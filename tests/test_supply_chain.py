@@ -122,7 +122,7 @@ def test_checkpoints_are_safetensors_without_code() -> None:
 
 
 def test_the_one_download_is_pinned_by_hash() -> None:
-    """pip is called for the sdist, by hash, and for the wheel built from it, without an index."""
+    """pip is called in two places: for the sdist, by hash, and for the wheel made of it, without an index."""
     calls = {}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,7 +1,8 @@
 """What a model says of itself, checked before llama.cpp gets the file.
 
 llama.cpp refuses most bad files with a reason. On some it ends the process instead (GGML_ASSERT in llama-model.cpp and
-llama-vocab.cpp), which takes a server, or a program that uses the Python API, with it. Those are refused here.
+llama-vocab.cpp, a null pointer in ggml-cpu.c), which takes a server, or a program that uses the Python API, with it.
+Those are refused here.
 """
 
 from __future__ import annotations
@@ -26,12 +27,10 @@ MAX_EXPERTS = 1024
 MAX_TOKENS = 1 << 22
 """Many times the largest vocabulary seen (262,144); bounds the memory that a hostile file costs."""
 
-_NOT_MULTIPLIED = {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"}
-"""Types without a dot product in ggml's CPU backend, which calls a null pointer for them."""
-
+# Types without a product in ggml-cpu.c: llama.cpp calls a null pointer for a matrix of them.
+_NO_MATRIX = {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
+# A table of experts by token (DeepSeek-V4), which is looked up.
 _LOOKED_UP = "ffn_gate_tid2eid"
-"""A table of experts by token (DeepSeek-V4), of type I32."""
-
 _TOKENS = "tokenizer.ggml.tokens"
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
@@ -45,16 +44,11 @@ def check_runnable(path: Path) -> list[Layout]:
     layouts = read_model(path)
     check_shape(layouts)
     _check_tokens(layouts[0])
-    for layout in layouts:
-        for name, tensor in layout.tensors.items():
-            multiplied = name.endswith(".weight") and len(tensor.shape) > 1 and _LOOKED_UP not in name
-            if multiplied and tensor.type.name in _NOT_MULTIPLIED:
-                raise RemoeError(f"{layout.path}: tensor '{name}' is of type {tensor.type.name}, which no weight is")
     return layouts
 
 
 def check_shape(layouts: Sequence[Layout]) -> None:
-    """Check the numbers of blocks and experts in a model's metadata and in the names of its tensors.
+    """Check the numbers of blocks and experts in a model's metadata, and the names and types of its tensors.
 
     Raises RemoeError, naming the file and the key or tensor at fault.
     """
@@ -63,7 +57,10 @@ def check_shape(layouts: Sequence[Layout]) -> None:
     if architecture is None:
         raise RemoeError(f"{layout.path}: has no key 'general.architecture', so it is no model; download it again")
     for each in layouts:
-        for name in each.tensors:
+        for name, tensor in each.tensors.items():
+            matrix = len(tensor.shape) > 1 and name.endswith(".weight") and _LOOKED_UP not in name
+            if matrix and tensor.type.name in _NO_MATRIX:
+                raise RemoeError(f"{each.path}: tensor '{name}' is of type {tensor.type.name}, which no matrix can be")
             if (match := _BLOCK.match(name)) and int(match[1]) >= MAX_BLOCKS:
                 raise RemoeError(f"{each.path}: tensor '{name}' is of block {match[1]}, expected 0 to {MAX_BLOCKS - 1}")
 
