@@ -281,3 +281,15 @@ def test_a_chat_template_runs_no_code(attempt: str, tmp_path: Path) -> None:
     with load_model(path) as model, pytest.raises(RemoeError, match="template"):
         model.chat_prompt("hello")
     assert not touched.exists()
+
+
+def test_a_table_that_is_looked_up_may_hold_integers(tmp_path: Path, sound: hostile.Parts) -> None:
+    for name, refused in (("blk.0.ffn_gate_tid2eid.weight", False), ("blk.0.ffn_gate.weight", True)):
+
+        def change(parts: hostile.Parts, name: str = name) -> None:
+            start = len(parts.data) + -len(parts.data) % 32
+            parts.tensors.append(hostile.Entry(name.encode(), (2, 4), 26, start))
+            parts.data = parts.data.ljust(start, b"\0") + bytes(32)
+
+        path = hostile.write_case(tmp_path / "table.gguf", sound, hostile.Case(change, None))
+        assert bool(refusal_of(check_runnable, path)) is refused
