@@ -15,7 +15,7 @@ LIBRARY = SOURCES / "llama-expert-cache.cpp"
 
 MUTATIONS = {
     "a read that is done wakes nobody": (
-        "        if (in_op || g.n_loading == 0 || g.n_ahead == 0) {\n",
+        "        if (in_op || g.n_loading == 0 || g.n_ahead == 0 || (r.load && loads.empty())) {\n",
         "        if (false) {\n",
         "nobody can go on",
     ),
