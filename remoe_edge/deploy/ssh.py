@@ -154,7 +154,7 @@ class Host:
             "command not found" in said or "rsync: not found" in said or "No such file" in said
         ):
             return f"{self.name} has no rsync; install it there: sudo apt install rsync"
-        if status == 255:
+        if status == 255 or said.startswith("ssh: "):
             return self.unreachable(said.partition("\nrsync")[0])
         if "No space left on device" in said:
             return f"{self.name} has no space left; free some there, or name another folder with --folder"

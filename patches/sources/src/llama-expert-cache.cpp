@@ -774,6 +774,7 @@ bool llama_expert_cache::take_load(request & r) {
     if (called && n_reading_ahead >= std::max(1, n_readers / 2)) {
         return false;
     }
+    const bool had_loads = !loads.empty();
     while (!loads.empty()) {
         r = loads.front();
         loads.pop_front();
@@ -798,7 +799,7 @@ bool llama_expert_cache::take_load(request & r) {
             return true;
         }
     }
-    if (n_reading_load == 0) {
+    if (had_loads && n_reading_load == 0) {
         cv_ready.notify_all();
     }
     return false;
