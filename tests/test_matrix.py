@@ -237,7 +237,8 @@ def test_a_small_matrix(tmp_path: Path) -> None:
             first = excerpt(small_trace(), tokens=1)
             both = [simulate(t, r["slots"], r["policy"]) for t in (trace, first)]
             hits, misses = (getattr(both[0], key) - getattr(both[1], key) for key in ("hits", "misses"))
-            assert r["hit_rate"] == pytest.approx(hits / (hits + misses))
+            # Where all experts fit they are there before the first call.
+            assert r["hit_rate"] == (1.0 if r["slots"] == 16 else pytest.approx(hits / (hits + misses)))
     assert by_engine["mmap 4s"]["n_gen"] == 4
     if by_engine["mmap 4s"]["memory_limit_bytes"] is not None:
         assert by_engine["mmap 4s"]["memory_limit_bytes"] == model_sizes(path).limit(4)
