@@ -49,7 +49,7 @@ def test_commands_work(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, (words, result.stderr)
         ran += 1
-    assert ran == 15
+    assert ran == 16
     assert (tmp_path / "tuned.gguf").exists()
     assert (tmp_path / "evaluation" / "eval.md").exists()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
