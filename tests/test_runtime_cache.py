@@ -2,16 +2,15 @@
 
 import os
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_tools import completion, tool
 from tiny_models import DENSE_ARCHITECTURE, UNKNOWN_ARCHITECTURE, write_tiny_model
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import CacheConfig, RuntimeReadError, Session, load_model, open_model
 
 pytestmark = pytest.mark.runtime
@@ -24,24 +23,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     write_tiny_model(path, "qwen3moe", quant="Q4_0", n_expert=N_EXPERT, k=K, n_layer=N_LAYER, seed=1)
     return path
-
-
-def tool(name: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(ensure_runtime().bin_dir / name), *map(str, args)],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=120,
-        env={**os.environ, **(env or {})},
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-
-
-def completion(model: Path, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    common = ("-m", model, "-p", "ab", "-n", 6, "--temp", 0, "-no-cnv", "--ignore-eos", "-c", 256, "-t", 1, "-v")
-    return tool("llama-completion", *common, *args, env=env)
 
 
 def load(path: Path, cache: CacheConfig) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from llama_tools import completion
 from reads_under_faults import CONTROL, KINDS
 from tiny_models import write_tiny_model
 
 import remoe_edge
 from remoe_edge.cli import cli
 from remoe_edge.errors import RemoeError
-from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import CacheConfig, RuntimeReadError, Session, load_model, open_model
 
 pytestmark = pytest.mark.runtime
@@ -48,37 +48,6 @@ def logits(session: Session, steps: list[list[int]] = STEPS) -> bytes:
 def resident_logits(model: Path) -> bytes:
     with open_model(model, n_ctx=64, n_threads=1, mmap=False, repack=False) as session:
         return logits(session)
-
-
-def completion(model: Path, *args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    program = ensure_runtime().bin_dir / "llama-completion"
-    common = (
-        "-m",
-        str(model),
-        "-p",
-        "ab",
-        "-n",
-        "4",
-        "--temp",
-        "0",
-        "-no-cnv",
-        "--ignore-eos",
-        "-c",
-        "64",
-        "-t",
-        "1",
-        "-v",
-    )
-    return subprocess.run(
-        [str(program), *common, *args],
-        env={**os.environ, **(env or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=120,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("io", ["direct", "mmap"])
