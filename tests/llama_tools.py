@@ -28,6 +28,6 @@ def completion(model: Path, *args: object, env: dict[str, str] | None = None) ->
     common = ("-m", model, "-p", "ab", "-n", 6, "--temp", 0, "-no-cnv", "--ignore-eos", "-c", 256, "-t", 1, "-v")
     for _ in range(5):
         result = tool("llama-completion", *common, *args, env=env)
-        if result.returncode != 0 or result.stdout.endswith("\n"):
+        if result.stdout.endswith("\n") if result.returncode == 0 else "error: " in result.stdout + result.stderr:
             break
     return result
