@@ -1,7 +1,10 @@
 """Planning on a small model whose sizes are known, and the arithmetic it stands on against the runtime's."""
 
 import json
+import os
+import platform
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +22,11 @@ from remoe_edge.measure.memory_speed import memory_bandwidth
 from remoe_edge.measure.plan import STEP, Plan, choose_policy, make_plan
 from remoe_edge.routing.simulate import simulate
 from remoe_edge.routing.trace import save_trace
+from remoe_edge.runtime import budget as runtime_budget
 from remoe_edge.runtime.budget import cache_bytes, expert_groups, floor_bytes, least_slots, most_slots, slots_for
 from remoe_edge.runtime.footprint import footprint
 from remoe_edge.runtime.llama import POLICIES, CacheConfig, load_model
+from remoe_edge.runtime.pin import patches_dir
 
 MIB = 1 << 20
 
@@ -194,6 +199,18 @@ def test_memory_that_groups_leave(tmp_path: Path) -> None:
     put("sys/fs/cgroup/memory/job/memory.limit_in_bytes", "2000000\n")
     put("sys/fs/cgroup/memory/job/memory.stat", "total_rss 1900000\ntotal_cache 7\ntotal_shmem 200000\n")
     assert available(tmp_path) == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a mutex has another size elsewhere")
+def test_objects_have_the_sizes_that_are_counted(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "cache_sizes.cpp"
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run(
+        [compiler, "-std=c++17", "-I", patches_dir() / "sources" / "src", source, "-o", tmp_path / "sizes"], check=True
+    )
+    sizes = subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.split()
+    counted = (getattr(runtime_budget, name) for name in ("_CACHE", "_GROUP", "_TENSOR", "_SLICE", "_REQUEST"))
+    assert [int(size) for size in sizes] == list(counted)
 
 
 def test_more_budget_never_gives_fewer_slots(model: Path) -> None:

@@ -10,14 +10,13 @@ import gzip
 import json
 import shutil
 import tarfile
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from remoe_edge import __version__
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import atomic_output
+from remoe_edge.files import atomic_output, scratch_folder
 from remoe_edge.jetson.artefacts import machine_of
 from remoe_edge.jetson.package import write_package
 from remoe_edge.jetson.pins import python_wheels, recipes_dir
@@ -61,8 +60,8 @@ def write_bundle(
     Raises RemoeError if a package cannot be fetched for that Python, or if ``output`` may not be written.
     """
     machine = machine_of(runtime.lib_dir / "libllama.so")
-    with atomic_output(output, force=force) as temporary, tempfile.TemporaryDirectory(prefix="remoe-bundle-") as folder:
-        top = Path(folder) / TOP
+    with atomic_output(output, force=force) as temporary, scratch_folder("remoe-edge-bundle-") as folder:
+        top = folder / TOP
         for name in ("bin", "wheels"):
             (top / name).mkdir(parents=True)
         own = write_package(top / "wheels")

@@ -11,13 +11,12 @@ import json
 import platform
 import shutil
 import subprocess
-import tempfile
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import cache_dir
+from remoe_edge.files import cache_dir, scratch_folder
 from remoe_edge.jetson.cross import PREFIX
 from remoe_edge.jetson.pins import ARCHITECTURE, cuda_wheels
 from remoe_edge.jetson.wheels import fetch_wheels
@@ -43,10 +42,10 @@ def cuda_toolkit(report: Report = silent) -> Path:
     target = cache_dir() / "cuda" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".assemble-") as temporary:
-            assemble(Path(temporary, "cuda"), report)
+        with scratch_folder(".assemble-", target.parent) as temporary:
+            assemble(temporary / "cuda", report)
             try:
-                Path(temporary, "cuda").rename(target)
+                (temporary / "cuda").rename(target)
             except OSError:
                 # Another process was quicker, and made the same.
                 if not target.exists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from remoe_edge import __version__
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import cache_dir
+from remoe_edge.files import cache_dir, scratch_folder
 from remoe_edge.jetson.bundle import read_bundle
 from remoe_edge.jetson.cuda_toolkit import TOOLKIT_PYTHON
 from remoe_edge.jetson.engine import Engine, check_emulation, check_space, run_build
@@ -149,8 +148,7 @@ def check_bases(plan: ImagePlan) -> None:
 @contextmanager
 def context(plan: ImagePlan, report: Report = silent) -> Iterator[Path]:
     """A folder with everything that the recipe copies."""
-    with tempfile.TemporaryDirectory(prefix="remoe-image-") as temporary:
-        folder = Path(temporary)
+    with scratch_folder("remoe-edge-image-") as folder:
         shutil.copyfile(recipes_dir() / "Dockerfile", folder / "Dockerfile")
         shutil.copytree(recipes_dir() / "image", folder / "image")
         inner = folder / "context"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.files import cache_dir
+from remoe_edge.files import cache_dir, scratch_folder
 from remoe_edge.jetson.pins import Wheel
 from remoe_edge.progress import Report, silent
 from remoe_edge.runtime.pip import run_pip
@@ -65,8 +64,8 @@ def _find(folder: Path, wheel: Wheel) -> Path | None:
 
 
 def _download(wheels: Sequence[Wheel], python: str, machine: str, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
-        requirements = Path(temporary) / "requirements.txt"
+    with scratch_folder(".download-", folder.parent) as temporary:
+        requirements = temporary / "requirements.txt"
         requirements.write_text("".join(wheel.requirement + "\n" for wheel in wheels))
         try:
             run_pip(
@@ -79,7 +78,7 @@ def _download(wheels: Sequence[Wheel], python: str, machine: str, folder: Path) 
             )
         except RemoeError as error:
             raise RemoeError(f"{error}\nCheck the network and pip's index settings") from None
-        for path in Path(temporary, "new").iterdir():
+        for path in (temporary / "new").iterdir():
             path.rename(folder / path.name)
 
 

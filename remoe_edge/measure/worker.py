@@ -30,6 +30,7 @@ from typing import IO, Any
 import numpy as np
 
 from remoe_edge.errors import RemoeError
+from remoe_edge.files import scratch_folder
 from remoe_edge.measure.cgroup import MemoryGroup
 from remoe_edge.processes import child_process
 from remoe_edge.runtime.llama import CacheConfig, CacheInfo, CacheStats, Session, load_model
@@ -218,8 +219,8 @@ def _own_hot_set(cache: CacheConfig) -> Iterator[CacheConfig]:
     if cache.warm is None:
         yield cache
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield replace(cache, warm=str(shutil.copy(cache.warm, Path(folder) / "hot")))
+    with scratch_folder("remoe-edge-hot-") as folder:
+        yield replace(cache, warm=str(shutil.copy(cache.warm, folder / "hot")))
 
 
 def _generate(

@@ -20,7 +20,7 @@ READERS = 4
 
 _PAGE = 4096
 _READER_STACK = 64 << 10
-_CACHE, _GROUP, _TENSOR, _SLICE, _REQUEST = 712, 408, 120, 12, 20
+_CACHE, _GROUP, _TENSOR, _SLICE, _REQUEST = 728, 432, 136, 12, 20
 _LRU, _LFU, _NEXT_USE, _MOMENT, _COUNT = 40, 72, 240, 48, 16
 _PAST, _PAIRS = 3, 512
 _NAME = re.compile(r"blk\.([0-9]+)\.ffn_(?:up|gate|down|gate_up)_((?:ch)?exps)\.weight")
