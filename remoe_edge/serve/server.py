@@ -23,6 +23,7 @@ from remoe_edge.power.find import find_source
 from remoe_edge.progress import Report, silent
 from remoe_edge.runtime.build import Runtime
 from remoe_edge.serve.front import Front, Limits, is_loopback
+from remoe_edge.serve.heap import keep_heap_compact
 from remoe_edge.serve.plan import Plan
 from remoe_edge.serve.process import DOWN, READY, ModelProcess
 from remoe_edge.serve.sensors import LivePower
@@ -85,6 +86,7 @@ class Server:
 
     def run(self) -> int:
         """Serve until a signal; returns its number. Raises RemoeError if that cannot begin or go on."""
+        keep_heap_compact()
         with ExitStack() as stack:
             folder = stack.enter_context(scratch_folder("remoe-edge-serve-"))
             group, reason = stack.enter_context(_group(self._plan.model_memory))
