@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def missing(steps: Sequence[str]) -> str | None:
     with_image = bool(set(steps) - set(WITHOUT_IMAGE))
     tools = COMPILING | (IMAGE if with_image else {})
     packages = [package for program, package in tools.items() if shutil.which(program) is None]
+    if platform.machine() != "x86_64":
+        return f"a cross-build is made on x86-64, this machine is {platform.machine()}"
     if packages:
         return f"apt packages are missing: {' '.join(packages)}"
     if not with_image:

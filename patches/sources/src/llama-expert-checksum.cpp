@@ -141,4 +141,8 @@ void llama_expert_checksums::sweep(const llama_expert_files & files, const std::
     if (!error.empty()) {
         throw std::runtime_error("no checksums for --expert-cache-verify: " + error);
     }
+    // the other threads may have ended last
+    if (report) {
+        report(1.0);
+    }
 }
