@@ -256,7 +256,7 @@ def test_the_runtime_makes_the_same_of_a_budget(arch: str, tmp_path: Path, capsy
     with load_model(path, CacheConfig("5s", "lru", threads=7, repack="on", verify=True)) as loaded:
         info = loaded.info()
     assert info
-    counted = cache_bytes(groups, 5, "lru", 7, verify=True, repack=info.kernels == "repack")
+    counted = cache_bytes(groups, 5, "lru", 7, checksums=True, repack=info.kernels == "repack")
     # Repacked experts do without the room that a slice takes that begins anywhere in a page.
     pages = 2 * 4096 if info.kernels == "repack" else 0
     assert -64 <= (counted - info.used) / (5 * len(groups) * 3) <= 64 + pages

@@ -380,7 +380,7 @@ class TestMemory:
         ("which", "given"),
         [
             ("demo", ()),
-            ("qwen3moe", ("--verify", "--policy", "lfu", "--cache-threads", "7")),
+            ("qwen3moe", ("--expert-cache-verify", "--policy", "lfu", "--cache-threads", "7")),
             # Experts that are repacked need staging; gpt-oss's are no multiple of a page, nor of a cache line.
             ("gpt-oss", ("--repack", "on")),
         ],

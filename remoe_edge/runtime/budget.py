@@ -86,7 +86,7 @@ def cache_bytes(
     policy: str,
     readers: int = READERS,
     *,
-    verify: bool = False,
+    checksums: bool = False,
     repack: bool = False,
 ) -> int:
     """Bytes that a cache with so many slots in every layer takes.
@@ -97,8 +97,8 @@ def cache_bytes(
         One of the runtime's.
     readers
         Reader threads.
-    verify
-        With checksums.
+    checksums
+        With those of `CacheConfig.verify`.
     repack
         With experts rearranged for a CPU's kernels: as much as that can take, since only that CPU knows which of them.
     """
@@ -107,7 +107,7 @@ def cache_bytes(
         longest = max(length for group in groups for _, length in group.slices)
         total += readers * align(longest + 2 * _PAGE, _STAGING)
     for group in groups:
-        if verify:
+        if checksums:
             total += len(group.slices) * (_VECTOR + group.experts * _CHECKSUM)
         own = min(slots, group.experts)
         total += _GROUP + _policy_bytes(policy, group, own) + group.experts * 6 * 4 + own * 3 * 4

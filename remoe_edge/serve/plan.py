@@ -334,7 +334,7 @@ class _Model:
             min(slots, most_slots(self._groups)),
             cache.policy or POLICIES[0],
             cache.threads or READERS,
-            verify=bool(cache.verify),
+            checksums=bool(cache.verify),
             repack=self._quantised and (cache.repack == "on" if repack is None else repack),
         )
 
