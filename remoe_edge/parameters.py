@@ -27,6 +27,16 @@ warm_option = click.option(
 )
 
 
+verify_option = click.option(
+    "--expert-cache-verify",
+    "verify",
+    is_flag=True,
+    default=None,
+    help="Compare every read with a checksum of the expert: wrong bytes are read once more, then are an error. "
+    "Loading reads all experts once.",
+)
+
+
 def cache_options(command: _Command) -> _Command:
     """Options of one expert cache: budget, policy, io, prefetch, cache_threads, verify, warm."""
     options = (
@@ -47,13 +57,7 @@ def cache_options(command: _Command) -> _Command:
             help="Read ahead what the next layer's router would choose now. [default: off]",
         ),
         click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]"),
-        click.option(
-            "--verify",
-            is_flag=True,
-            default=None,
-            help="Compare every read with a checksum of the expert: wrong bytes are read once more, then are an error. "
-            "Loading reads all experts once.",
-        ),
+        verify_option,
         warm_option,
     )
     for option in reversed(options):

@@ -20,6 +20,7 @@ import asyncio
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,6 @@ from remoe_edge.measure.cgroup import MemoryGroup
 MIB = 1 << 20
 TOLERANCE = MIB
 """Growth in bytes per hour that is no leak: 24 MiB a day would be seen by the limit, and is not by this test."""
-_SEARCH_MIB = 32
 _CGROUPS = Path("/sys/fs/cgroup")
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
@@ -60,24 +60,13 @@ def group_of(pid: int) -> MemoryGroup | None:
 
 
 def smallest_memory(serve: Sequence[str]) -> int:
-    """Whole MiB: the least that `serve` accepts, before the model is loaded."""
-    low, high = 0, 1
-    while not _accepts(serve, high):
-        low, high = high, high * 2
-        if high > 1 << 20:
-            raise RemoeError("no --memory up to 1 TiB is accepted; try: " + " ".join(serve))
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _accepts(serve, middle) else (middle, high)
-    return high
-
-
-def _accepts(serve: Sequence[str], mib: int) -> bool:
-    command = [*serve, "--memory", f"{mib}MiB", "--dry-run"]
+    """Whole MiB: the least that `serve` accepts; it names it when it gets too little."""
+    command = [*serve, "--memory", "1MiB", "--dry-run"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode and "is not enough" not in done.stderr:
+    named = re.search(r"is not enough .* give --memory (\d+)MiB", done.stderr)
+    if named is None:
         raise RemoeError(done.stderr.strip())
-    return done.returncode == 0
+    return int(named[1])
 
 
 class Soak(Load):
@@ -128,18 +117,6 @@ def start(serve: Sequence[str], memory: int, log: Path) -> dict[str, Any]:
         raise RemoeError(f"{' '.join(command)} did not start: {log.read_text().splitlines()[-1]}")
     ready = json.loads(line)
     return {"server": ready["pid"], "pid": ready["pid"], "url": ready["url"], "ready": ready, "command": command}
-
-
-def start_smallest(serve: Sequence[str], memory: int | None, log: Path) -> dict[str, Any]:
-    """A server with so many MiB, or the least that works: only the runtime, with the model loaded, knows its floor."""
-    least = memory or smallest_memory(serve)
-    for mib in range(least, least + _SEARCH_MIB):
-        try:
-            return {**start(serve, mib, log), "memory": mib * MIB}
-        except RemoeError:
-            if memory or mib == least + _SEARCH_MIB - 1:
-                raise
-    raise AssertionError
 
 
 def is_running(server: dict[str, Any]) -> bool:
@@ -255,7 +232,8 @@ def run(args: argparse.Namespace) -> None:
         if server is None:
             serve = [sys.executable, "-m", "remoe_edge", "serve", args.model, "-t", str(args.threads)]
             serve += ["--slots", str(args.slots), "--ctx", str(args.ctx), "--power", "none"]
-            server = start_smallest(serve, args.memory, args.output.with_suffix(".log"))
+            memory = args.memory or smallest_memory(serve)
+            server = {**start(serve, memory, args.output.with_suffix(".log")), "memory": memory * MIB}
             append_line(file, server)
         part = sum("answers" in line for line in lines)
         # About two tokens for a word of these, and room for the answer.

@@ -43,6 +43,11 @@ class Faults:
         self.arm(KINDS[0], -1, False)
 
     @property
+    def reads(self) -> int:
+        """Reads of the model since `arm`."""
+        return int(CONTROL.unpack(self._memory[:])[-2])
+
+    @property
     def fired(self) -> int:
         return int(CONTROL.unpack(self._memory[:])[-1])
 

@@ -264,6 +264,7 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     [
         (["--baseline", "mmap", "--policy", "lru"], "--policy has no effect without --budget"),
         (["--baseline", "resident", "--memory-limit", "1G"], "--memory-limit has no effect on resident runs"),
+        (["--baseline", "mmap", "--expert-cache-verify"], "--expert-cache-verify has no effect without --budget"),
         (["--force"], "--force has no effect without --output"),
         (["--resume"], "--resume has no effect without --output"),
         (["--resume", "--force", "-o", "x"], "give one of them"),

@@ -2,7 +2,8 @@
 
 Every change that a command makes to its folder is a place to kill it (before the call, or in the middle of a write) and
 to let it fail (a full disk from there on, a drive that fails). Tried are the first and the last call of each kind for
-each file, and of those a part where a run takes long; every call with REMOE_EVERY_FAULT=1.
+each file, and of those a part where a run takes long; every call with REMOE_EVERY_FAULT=1, every third from the second on
+with REMOE_EVERY_FAULT=2/3. What was tried is printed (pytest -s).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from small_twin import small_trace, write_small_twin
 
 from remoe_edge.routing.trace import Trace, save_trace
 
-EVERY = os.environ.get("REMOE_EVERY_FAULT") == "1"
+_GIVEN = re.fullmatch(r"(\d+)(?:/(\d+))?", os.environ.get("REMOE_EVERY_FAULT", ""))
+EVERY = slice(int(_GIVEN[1]) - 1, None, int(_GIVEN[2] or 1)) if _GIVEN else None
 NOBODY = 65534
 _PLACES = 2
 OLD = b"an older output, whole"
@@ -173,8 +175,13 @@ class Bench:
 
     def places(self, part: int = 0) -> list[int]:
         """Numbers of the calls to try."""
-        found = worth_trying(self.calls, EVERY)
-        return found[part :: len(found) // _PLACES] if self.scenario.torch and not EVERY else found
+        found = worth_trying(self.calls, EVERY is not None)
+        if EVERY:
+            found = found[EVERY]
+        elif self.scenario.torch:
+            found = found[part :: len(found) // _PLACES]
+        print(f"{self.scenario.name}: {len(found)} of {len(self.calls)} calls")
+        return found
 
     def check_whole(self, where: str, old: dict[str, bytes] | None = None) -> None:
         """Outputs are there as they must be, or not there, or as they were."""

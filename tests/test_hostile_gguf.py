@@ -31,7 +31,7 @@ from remoe_edge.measure.plan import make_plan
 from remoe_edge.measure.storage import expert_slices
 from remoe_edge.runtime.budget import cache_bytes, expert_groups
 from remoe_edge.runtime.footprint import footprint
-from remoe_edge.runtime.llama import load_model
+from remoe_edge.runtime.llama import CacheConfig, load_model
 from remoe_edge.serve.plan import _Model
 
 HEADER_CASES = [name for name, case in hostile.CASES.items() if case.message is not None]
@@ -53,7 +53,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "plan": lambda path: make_plan(path, memory=1 << 32, storage_bytes_per_s=1e9, resident_ms=1.0),
     "plan (budget)": lambda path: cache_bytes(expert_groups(read_model(path)), 2, "lru"),
     "plan (footprint)": lambda path: footprint(read_model(path), 512).total,
-    "serve (plan)": lambda path: _Model(read_model(path)).budget("2s"),
+    "serve (plan)": lambda path: _Model(read_model(path)).least_budget(CacheConfig("2s")),
     "doctor": lambda path: list(doctor._memory(doctor.Options(model=path), doctor.identity(Path("/")))),
     "eval": lambda path: open_ggufs({"base": path}).__enter__(),
 }

@@ -117,6 +117,16 @@ def test_less_than_the_floor_is_refused_with_numbers(model: Path) -> None:
     assert make_plan(model, memory=least, **known).recommended.slots == 2  # type: ignore[arg-type]
     with pytest.raises(RemoeError, match=r"1 B too little: dense weights take .* 2 slots in each of 3 layers, takes"):
         make_plan(model, memory=least - 1, **known)  # type: ignore[arg-type]
+    # What is left alone grows with the memory: a tenth, where that is more.
+    for n_ctx in 256, 1 << 20:
+        with pytest.raises(RemoeError, match=r"give --memory (\d+)MiB") as refused:
+            make_plan(model, memory=MIB, **{**known, "n_ctx": n_ctx})  # type: ignore[arg-type]
+        found = re.search(r"give --memory (\d+)MiB", str(refused.value))
+        assert found
+        named = int(found[1]) * MIB
+        assert make_plan(model, memory=named, **{**known, "n_ctx": n_ctx}).recommended.slots >= 2  # type: ignore[arg-type]
+        with pytest.raises(RemoeError, match=f"give --memory {found[1]}MiB"):
+            make_plan(model, memory=named - MIB, **{**known, "n_ctx": n_ctx})  # type: ignore[arg-type]
 
 
 def test_a_trace_of_another_model_is_refused(model: Path) -> None:
@@ -243,6 +253,13 @@ def test_the_runtime_makes_the_same_of_a_budget(arch: str, tmp_path: Path, capsy
             # C++ objects may have other sizes elsewhere.
             assert info.used == pytest.approx(cache_bytes(groups, slots, policy), abs=64 * slots * len(groups) * 3)
             assert info.floor == pytest.approx(floor_bytes(groups, policy), abs=64 * 3 * len(groups) * 3)
+    with load_model(path, CacheConfig("5s", "lru", threads=7, repack="on", verify=True)) as loaded:
+        info = loaded.info()
+    assert info
+    counted = cache_bytes(groups, 5, "lru", 7, checksums=True, repack=info.kernels == "repack")
+    # Repacked experts do without the room that a slice takes that begins anywhere in a page.
+    pages = 2 * 4096 if info.kernels == "repack" else 0
+    assert -64 <= (counted - info.used) / (5 * len(groups) * 3) <= 64 + pages
     capsys.readouterr()
     with load_model(path, CacheConfig("off"), verbose=True) as loaded, loaded.session(n_ctx=2048):
         log = capsys.readouterr().err

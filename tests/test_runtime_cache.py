@@ -1,6 +1,7 @@
 """The expert cache in the compiled runtime: what it counts, what it refuses, what a lost file does to it."""
 
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,8 +40,13 @@ class TestRefusals:
     def test_budget_below_the_floor(self, model: Path) -> None:
         with pytest.raises(RemoeError, match=r"1s .*below the floor.* 2s: 2 of the 16 experts of each of 3 layers"):
             load(model, CacheConfig("1s"))
-        with pytest.raises(RemoeError, match=r"4096 .*below the floor of this model, [\d.]+ MiB"):
+        with pytest.raises(RemoeError, match=r"4096 .*below the floor of this model, [\d.]+ MiB") as refused:
             load(model, CacheConfig("4096"))
+        named = re.search(r"floor of this model, ([\d.]+) MiB", str(refused.value))
+        assert named
+        load(model, CacheConfig(f"{named[1]}MiB"))
+        with pytest.raises(RemoeError, match=f"below the floor of this model, {named[1]} MiB"):
+            load(model, CacheConfig(f"{float(named[1]) - 0.1:.1f}MiB"))
 
     @pytest.mark.parametrize("budget", ["12Q", "-5", "0", "1.5s", "s", "", "nan", "1e99"])
     def test_budget_that_is_no_size(self, model: Path, budget: str) -> None:

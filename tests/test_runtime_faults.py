@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from llama_tools import completion
-from reads_under_faults import CONTROL, KINDS
+from reads_under_faults import CONTROL, KINDS, Faults
 from tiny_models import write_tiny_model
 
 import remoe_edge
@@ -215,8 +216,54 @@ class TestVerify:
 
     def test_the_command(self, model: Path) -> None:
         common = ["run", str(model), "-p", "ab", "-n", "3", "--threads", "1"]
-        given = CliRunner().invoke(cli, [*common, "--expert-cache", "2s", "--verify", "-v"])
+        given = CliRunner().invoke(cli, [*common, "--expert-cache", "2s", "--expert-cache-verify", "-v"])
         assert given.exit_code == 0, given.output
-        without = CliRunner().invoke(cli, [*common, "--expert-cache", "off", "--verify"])
+        without = CliRunner().invoke(cli, [*common, "--expert-cache", "off", "--expert-cache-verify"])
         assert without.exit_code == 2
-        assert "--verify has no effect with --expert-cache off" in without.output
+        assert "--expert-cache-verify has no effect with --expert-cache off" in without.output
+        assert ", verified," in given.output
+
+    def test_a_benchmark_counts_wrong_reads(
+        self, model: Path, tmp_path: Path, preload: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        control = tmp_path / "control"
+        control.write_bytes(bytes(CONTROL.size))
+        faults = Faults(control, model)
+        # Of the processes that decode, not of this one, which measures the storage.
+        monkeypatch.setenv("LD_PRELOAD", str(preload))
+        monkeypatch.setenv("FAULTY_READS", str(control))
+
+        def bench(*more: str) -> dict[str, Any]:
+            common = [
+                "bench",
+                str(model),
+                "--budget",
+                "2s",
+                "-p",
+                "ab",
+                "-n",
+                "6",
+                "-r",
+                "1",
+                "-t",
+                "1",
+                "--power",
+                "none",
+            ]
+            done = CliRunner().invoke(cli, [*common, "--json", *more])
+            assert done.exit_code == 0, done.output
+            (row,) = json.loads(done.stdout)
+            return dict(row)
+
+        faults.arm("wrong", 1 << 30, False)
+        good = bench("--expert-cache-verify")
+        assert (good["verify"], good["reads_wrong"]) == (True, 0)
+        faults.arm("wrong", faults.reads - 2, False)
+        bad = bench("--expert-cache-verify")
+        assert faults.fired == 1
+        assert (bad["verify"], bad["reads_wrong"]) == (True, 1)
+        assert bad["logits_sha256"] == good["logits_sha256"]
+        faults.clear()
+        without = bench()
+        assert (without["verify"], without["reads_wrong"]) == (False, None)
+        assert without["logits_sha256"] == good["logits_sha256"]

@@ -1,14 +1,17 @@
 """Parts of `remoe-edge serve` that need no runtime: the front, the watch over the model process, sensors, systemd."""
 
 import asyncio
+import gc
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import aiohttp
@@ -43,6 +46,10 @@ class Server(socketserver.UnixStreamServer):
 if sys.argv[2] == "fail":
     sys.stderr.write("0.01 E llama_model_load: error loading model: bad.gguf is no model\\n")
     sys.exit(1)
+if sys.argv[2] == "talk":
+    for number in range(2000):
+        sys.stderr.write(f"0.01 I line {number} " + "x" * 20_000 + "\\n")
+    sys.stderr.flush()
 with Server(sys.argv[1], Handler) as server:
     if sys.argv[2] == "die":
         server.handle_request()
@@ -232,6 +239,68 @@ class TestFront:
 
         with_front(tmp_path, test, echo, state=DOWN)
 
+    @pytest.mark.parametrize("leaks", [False, True])
+    def test_nothing_is_kept_of_requests(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaks: bool) -> None:
+        """Whatever a client asks, and however that ends: bytes and objects do not grow with the number of requests.
+
+        With `leaks` a KB is kept of each that arrives, to show that the test would see it.
+        """
+        kept: list[bytes] = []
+
+        async def handler(request: web.BaseRequest) -> web.StreamResponse:
+            if leaks:
+                kept.append(bytes(1000))
+            if b"stream" not in await request.read():
+                return await echo(request)
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            with suppress(ConnectionError):
+                for _ in range(30):
+                    await response.write(b"data: " + b"x" * 5000)
+            return response
+
+        async def ask(client: aiohttp.ClientSession, url: str, number: int) -> None:
+            path = f"/v1/completions?n={number}"
+            for method, rest, given in (
+                ("POST", path, {"data": b'{"n": %d}' % number}),
+                ("POST", path, {"data": b'{"stream": true}'}),
+                ("POST", path, {"data": b"{"}),
+                ("POST", path, {"data": b"x" * 1001}),
+                ("GET", f"/{number}", {}),
+                ("GET", f"/v1/models?n={number}", {"headers": {"Origin": f"https://{number}.example"}}),
+                ("GET", "/metrics", {}),
+                ("GET", "/health", {}),
+            ):
+                async with client.request(method, url + rest, **given) as answer:  # type: ignore[arg-type]
+                    await answer.read()
+            # One that goes away in the middle of its answer.
+            async with client.post(url + path, data=b'{"stream": true}') as answer:
+                await answer.content.readany()
+                answer.close()
+
+        async def test(client: aiohttp.ClientSession, url: str, front: Front) -> None:
+            number, sizes = 0, []
+            for rounds in 25, 15, 15:
+                for _ in range(rounds):
+                    await ask(client, url, number := number + 1)
+                while front.in_flight:
+                    await asyncio.sleep(0.01)
+                gc.collect()
+                sizes.append((tracemalloc.get_traced_memory()[0], len(gc.get_objects()), len(asyncio.all_tasks())))
+            # What is made once may be made in any round; what is made for each request is made in all.
+            bytes_, objects, tasks = (
+                min(after - before for before, after in pairwise(each)) for each in zip(*sizes, strict=True)
+            )
+            assert (bytes_ < 32_000) is not leaks, sizes
+            assert objects < 30, sizes
+            assert tasks <= 0, sizes
+
+        tracemalloc.start()
+        try:
+            with_front(tmp_path, test, handler, limits=Limits(20, 5))
+        finally:
+            tracemalloc.stop()
+
 
 class TestModelProcess:
     def run(self, tmp_path: Path, mode: str, until: Callable[[ModelProcess], bool]) -> ModelProcess:
@@ -254,6 +323,13 @@ class TestModelProcess:
     def test_what_never_starts_is_not_tried_again(self, tmp_path: Path) -> None:
         with pytest.raises(RemoeError, match=r"did not start: bad\.gguf is no model"):
             self.run(tmp_path, "fail", lambda _: False)
+
+    def test_of_what_it_says_only_the_end_is_kept(self, tmp_path: Path) -> None:
+        """A server that runs for months says much, and a line may hold a prompt."""
+        process = self.run(tmp_path, "talk", lambda it: it.state == READY)
+        assert 100 < len(process._lines) < 1000
+        assert sum(len(text) for _, text in process._lines) < 500_000
+        assert process._lines[-1][1].startswith("line 1999 ")
 
     def test_what_dies_again_and_again_is_given_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("remoe_edge.serve.process._BACK_OFF_S", (0.01, 0.02))

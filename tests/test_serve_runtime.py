@@ -22,6 +22,7 @@ from tiny_models import DENSE_ARCHITECTURE, write_tiny_model
 
 from remoe_edge.routing.twin import step_token, step_tokenizer
 from remoe_edge.runtime.build import ensure_runtime
+from remoe_edge.runtime.llama import CacheConfig, load_model
 from remoe_edge.serve.plan import CHATML
 
 pytestmark = pytest.mark.runtime
@@ -369,9 +370,70 @@ class TestMemory:
 
     def test_too_little_is_refused_with_the_numbers(self, model: Path) -> None:
         said = _refused(model, "--memory", "40MiB")
-        assert re.search(r"--memory 40 MiB is not enough .* KV cache .*MiB.*; raise --memory", said)
+        assert re.search(
+            r"--memory 40 MiB is not enough .* KV cache .*MiB.*; give --memory \d+MiB, or lower --ctx", said
+        )
         said = _refused(model, "--memory", "400MiB", "--expert-cache", "1GiB")
-        assert "not enough" in said or "leaves" in said
+        assert re.search(r"--memory 400 MiB is not enough .* expert cache 1 GiB; give .* or --expert-cache", said)
+
+    @pytest.mark.parametrize(
+        ("which", "given"),
+        [
+            ("demo", ()),
+            ("qwen3moe", ("--expert-cache-verify", "--policy", "lfu", "--cache-threads", "7")),
+            # Experts that are repacked need staging; gpt-oss's are no multiple of a page, nor of a cache line.
+            ("gpt-oss", ("--repack", "on")),
+        ],
+        ids=["demo", "verified", "repacked"],
+    )
+    def test_what_is_accepted_starts_and_less_is_refused_at_once(
+        self, which: str, given: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        ensure_runtime()
+        quant = "MXFP4" if which == "gpt-oss" else "Q4_0"
+        model = (
+            Path("demo")
+            if which == "demo"
+            else write_tiny_model(tmp_path / "tiny.gguf", which, quant, hidden=128, ff=96, n_expert=12, k=3)
+        )
+        given = ("--ctx", "512", "--slots", "1", "--power", "none", *given)
+        least = _named(_refused(model, "--memory", "1MiB", *given))
+        assert _named(_refused(model, "--memory", f"{least - 1}MiB", *given)) == least
+        with serving(model, tmp_path, "--memory", f"{least}MiB", *given) as server:
+            cache = server.ready["cache"]
+            assert cache["floor_bytes"] <= cache["budget_bytes"]
+            if which != "gpt-oss" or cache["kernels"] == "repack":
+                # All that was left is the budget: hardly a MiB more than what the runtime cannot do without.
+                assert cache["budget_bytes"] < cache["floor_bytes"] + (1 << 20) + (128 << 10)
+            body = {"prompt": "The sea", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+            assert server.request("/v1/completions", body)[1]["usage"]["completion_tokens"] == 4
+
+    @pytest.mark.parametrize("budget", ["2s", "64KiB"])
+    def test_a_budget_below_the_floor_is_refused_before_the_model_is_loaded(self, budget: str, tmp_path: Path) -> None:
+        ensure_runtime()
+        model = write_tiny_model(tmp_path / "tiny.gguf", "olmoe", hidden=128, ff=96, n_expert=12, k=3)
+        said = _refused(model, "--expert-cache", budget)
+        found = re.search(
+            rf"--expert-cache {budget} is below the floor of this model: give at least (\d+)MiB, or 3s", said
+        )
+        assert found, said
+        with load_model(model, CacheConfig(f"{found[1]}MiB")) as loaded:
+            info = loaded.info()
+        assert info
+        assert info.n_slots >= 3
+
+    def test_memory_for_all_experts_holds_all_experts(self, tmp_path: Path) -> None:
+        """Small slices: pages around them and what the policy learns take as much as they do."""
+        ensure_runtime()
+        model = write_tiny_model(tmp_path / "tiny.gguf", "olmoe", "Q4_0", hidden=128, ff=96, n_expert=128, k=3)
+        command = [sys.executable, "-m", "remoe_edge", "serve", str(model), "--dry-run", "--json", "--memory", "2GiB"]
+        budget = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["plan"][
+            "budget"
+        ]
+        with load_model(model, CacheConfig(str(budget))) as loaded:
+            info = loaded.info()
+        assert info
+        assert info.n_slots == 128
 
     def test_dry_run(self, model: Path) -> None:
         command = [sys.executable, "-m", "remoe_edge", "serve", str(model), "--dry-run", "--json", "--memory", "1GiB"]
@@ -463,6 +525,13 @@ def _refused(model: Path, *arguments: str) -> str:
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
+
+
+def _named(said: str) -> int:
+    """The MiB that a refused limit says are enough."""
+    found = re.search(r"is not enough .* give --memory (\d+)MiB", said)
+    assert found, said
+    return int(found[1])
 
 
 def _is_zombie(pid: int) -> bool:

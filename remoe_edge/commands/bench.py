@@ -18,7 +18,7 @@ from remoe_edge.measure.bench import bench
 from remoe_edge.measure.journal import journal_path, refuse_interrupted
 from remoe_edge.measure.rows import TPOT_FORMULA, Row
 from remoe_edge.measure.workloads import PACKAGED, Workload, load_workload, single_prompt
-from remoe_edge.parameters import model_path
+from remoe_edge.parameters import model_path, verify_option
 from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
 from remoe_edge.report.labels import arm_name
@@ -113,6 +113,7 @@ _TABLE_WIDTH = 160
     help=f"With --route-bias the router's own first N choices stay. [default: {DEFAULT_ROUTE_KEEP}]",
 )
 @click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
+@verify_option
 @click.option(
     "--expert-cache-warm",
     "warm",
@@ -165,6 +166,7 @@ def command(
     route_biases: tuple[float, ...],
     route_keep: int | None,
     cache_threads: int | None,
+    verify: bool | None,
     warm: Path | None,
     page_cache: str,
     power: str,
@@ -195,6 +197,7 @@ def command(
         "--prefetch": prefetches,
         "--route-bias": route_biases,
         "--cache-threads": cache_threads,
+        "--expert-cache-verify": verify,
         "--expert-cache-warm": warm,
     }
     for flag, given in of_cache.items():
@@ -230,6 +233,7 @@ def command(
         route_biases=(None, *route_biases),
         route_keep=route_keep,
         cache_threads=cache_threads,
+        verify_reads=bool(verify),
         warm=warm,
         page_cache=page_cache,
         power=power,

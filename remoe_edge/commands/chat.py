@@ -123,7 +123,7 @@ def command(
             {
                 "--prefetch": prefetch,
                 "--cache-threads": cache_threads,
-                "--verify": verify,
+                "--expert-cache-verify": verify,
                 "--expert-cache-warm": warm,
             },
             "with --expert-cache off",

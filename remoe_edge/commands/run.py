@@ -110,7 +110,7 @@ def command(
             "--prefetch": prefetch,
             "--route-bias": route_bias,
             "--cache-threads": cache_threads,
-            "--verify": verify,
+            "--expert-cache-verify": verify,
             "--expert-cache-warm": warm,
         }
         refuse(given, "with --expert-cache off")

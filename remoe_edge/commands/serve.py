@@ -156,7 +156,7 @@ def command(
             "--io": io,
             "--prefetch": prefetch,
             "--cache-threads": cache_threads,
-            "--verify": verify,
+            "--expert-cache-verify": verify,
             "--expert-cache-warm": warm,
             "--repack": repack,
         }.items():

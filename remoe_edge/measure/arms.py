@@ -30,6 +30,8 @@ class Options:
         Of the expert cache: bytes ("880MiB"), slots per layer ("16s"), or "auto".
     policies, read_modes, prefetches, cache_threads
         Of the expert cache, as in `CacheConfig`; every budget is measured with every combination.
+    verify_reads
+        Every run of the expert cache compares what it reads with checksums (`CacheConfig.verify`).
     warm
         Hot set that every run of the expert cache starts from; the file stays as it is.
     route_biases, route_keep
@@ -65,6 +67,7 @@ class Options:
     route_biases: Sequence[float | None] = (None,)
     route_keep: int | None = None
     cache_threads: int | None = None
+    verify_reads: bool = False
     warm: Path | None = None
     page_cache: str = "cold"
     power: str = "auto"
@@ -96,7 +99,7 @@ class Arm:
         parts = (self.name, self.budget, self.policy, self.read_mode, prefetch, bias, repacked)
         return f"{self.model.name}, {' '.join(part for part in parts if part)}"
 
-    def cache(self, threads: int | None, warm: Path | None = None) -> CacheConfig:
+    def cache(self, options: Options) -> CacheConfig:
         if self.budget is None:
             return CacheConfig("off")
         repack = "on" if self.repack else None
@@ -104,12 +107,13 @@ class Arm:
             self.budget,
             self.policy,
             self.read_mode,
-            threads,
+            options.cache_threads,
             self.prefetch,
             repack,
             self.route_bias,
             self.route_keep,
-            warm=None if warm is None else str(warm),
+            verify=options.verify_reads or None,
+            warm=None if options.warm is None else str(options.warm),
         )
 
 

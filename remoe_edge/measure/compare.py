@@ -27,6 +27,7 @@ _TOLD = {
     "read mode": "read_mode",
     "first choices that a route bias keeps": "route_keep",
     "reader threads": "cache_threads",
+    "reads verified": "verify",
     "slots per layer": "n_slots",
     "memory limit": "memory_limit_bytes",
     "page cache": "page_cache",

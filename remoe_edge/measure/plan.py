@@ -21,7 +21,7 @@ import numpy as np
 from remoe_edge.device.memory import available
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import scratch_file
-from remoe_edge.gguf_io.layout import Layout, read_model
+from remoe_edge.gguf_io.layout import Layout, align, read_model
 from remoe_edge.measure.memory_speed import memory_bandwidth
 from remoe_edge.measure.rows import tpot_ns
 from remoe_edge.measure.storage import Bandwidth, Slice, expert_slices, measure_bandwidth
@@ -69,6 +69,11 @@ class Memory:
         """As reserve_of and on_context of llama-experts.cpp."""
         left = total - needs.dense - needs.kv
         return cls(total, needs.dense, needs.kv, needs.compute, max(left // 10, _RESERVE))
+
+    def total_for(self, cache: int) -> int:
+        """The least memory that leaves so many bytes for the expert cache."""
+        taken = self.compute + cache
+        return self.dense + self.kv + max(taken + _RESERVE, -(-taken * 10 // 9))
 
 
 @dataclass(frozen=True)
@@ -293,8 +298,8 @@ def _refuse_too_little(model: Path, memory: Memory, groups: Sequence[ExpertGroup
         f"{model}: {format_size(memory.total)} of memory are {format_size(need - memory.cache)} too little: dense "
         f"weights take {format_size(memory.dense)}, the KV cache of {n_ctx} tokens {format_size(memory.kv)}, compute "
         f"buffers about {format_size(memory.compute)}, {format_size(memory.reserve)} stay free, and the least expert "
-        f"cache, {least(groups)} slots in each of {len(groups)} layers, takes {format_size(need)}; use a smaller "
-        "--ctx, a smaller quantisation, or more memory"
+        f"cache, {least(groups)} slots in each of {len(groups)} layers, takes {format_size(need)}; give --memory "
+        f"{align(memory.total_for(need), _MIB) // _MIB}MiB, or use a smaller --ctx or quantisation"
     )
 
 

@@ -108,6 +108,8 @@ def summarize(records: Sequence[Record]) -> Row:
         "cache_threads": info.n_threads if info else None,
         "kernels": first.kernels if first else None,
         "chat_template": any(run.chat_template for run in runs) if runs else None,
+        "verify": info.verify if info else None,
+        "reads_wrong": _reads_wrong(runs) if info and info.verify else None,
         "warm": (info.warm or None) if info else None,
         "loaded_bytes": info.bytes_loaded if info else None,
         "load_ms": statistics.median(run.load_ns for run in runs) / 1e6 if runs else None,
@@ -161,6 +163,11 @@ def _repetition_tpots(records: Sequence[Record]) -> list[float]:
         if record.run:
             repetitions.setdefault(record.turn.repetition, []).append(tpot_ns(record.run.token_ns) / 1e6)
     return [statistics.mean(tpots) for tpots in repetitions.values()]
+
+
+def _reads_wrong(runs: Sequence[DecodeRun]) -> int:
+    """Reads whose bytes were not those of their checksum; each was made once more."""
+    return sum(stats.reads_wrong for run in runs for stats in (run.prefill, run.decode) if stats)
 
 
 def _layer_hit_rate(runs: Sequence[DecodeRun]) -> list[float | None] | None:

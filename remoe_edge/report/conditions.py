@@ -67,6 +67,11 @@ def _routing(row: Row) -> str:
     )
 
 
+def _cache(row: Row) -> str:
+    verified = ", verified" if row.get("verify") else ""
+    return f"{row['policy']}, {row['read_mode']}{verified}" if row["policy"] else ""
+
+
 def _model(row: Row) -> str:
     text = Path(row["model_path"]).name
     return f"{text}: {row['model_type']}, {format_mib(row['model_size'])}" if row["model_type"] else text
@@ -83,7 +88,7 @@ _CONDITIONS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("Memory limit", _limit),
     ("Page cache before a run", _field("page_cache")),
     ("Storage", _storage),
-    ("Cache policy, reads", lambda row: f"{row['policy']}, {row['read_mode']}" if row["policy"] else ""),
+    ("Cache policy, reads", _cache),
     ("Routing", _routing),
     ("Power sensor", _field("power_sensor")),
     ("llama.cpp, patches", lambda row: f"{row['build_commit']}, {(row['patch_hash'] or 'unknown')[:12]}"),

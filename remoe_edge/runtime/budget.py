@@ -23,6 +23,8 @@ _READER_STACK = 64 << 10
 _CACHE, _GROUP, _TENSOR, _SLICE, _REQUEST = 728, 432, 136, 12, 20
 _LRU, _LFU, _NEXT_USE, _MOMENT, _COUNT = 40, 72, 240, 48, 16
 _PAST, _PAIRS = 3, 512
+_VECTOR, _CHECKSUM = 24, 8
+_STAGING = 2 << 20
 _NAME = re.compile(r"blk\.([0-9]+)\.ffn_(?:up|gate|down|gate_up)_((?:ch)?exps)\.weight")
 
 
@@ -78,10 +80,35 @@ def expert_groups(layouts: Sequence[Layout]) -> list[ExpertGroup]:
     return groups
 
 
-def cache_bytes(groups: Sequence[ExpertGroup], slots: int, policy: str, readers: int = READERS) -> int:
-    """Bytes that a cache with so many slots in every layer takes. ``policy`` is one of the runtime's."""
+def cache_bytes(
+    groups: Sequence[ExpertGroup],
+    slots: int,
+    policy: str,
+    readers: int = READERS,
+    *,
+    checksums: bool = False,
+    repack: bool = False,
+) -> int:
+    """Bytes that a cache with so many slots in every layer takes.
+
+    Parameters
+    ----------
+    policy
+        One of the runtime's.
+    readers
+        Reader threads.
+    checksums
+        With those of `CacheConfig.verify`.
+    repack
+        With experts rearranged for a CPU's kernels: as much as that can take, since only that CPU knows which of them.
+    """
     total = _CACHE + readers * _READER_STACK
+    if repack:
+        longest = max(length for group in groups for _, length in group.slices)
+        total += readers * align(longest + 2 * _PAGE, _STAGING)
     for group in groups:
+        if checksums:
+            total += len(group.slices) * (_VECTOR + group.experts * _CHECKSUM)
         own = min(slots, group.experts)
         total += _GROUP + _policy_bytes(policy, group, own) + group.experts * 6 * 4 + own * 3 * 4
         for start, length in group.slices:

@@ -51,6 +51,7 @@ class Meter:
             "hit_rate": stats.hit_rate if stats else None,
             "bytes_per_token": (stats.bytes_demand + stats.bytes_prefetch) / steps if stats else None,
             "stall_ms_per_token": stats.stall_ns / 1e6 / steps if stats else None,
+            "reads_wrong": last.reads_wrong if last and info and info.verify else None,
         }
 
 
@@ -74,6 +75,8 @@ def summary_text(summary: Summary) -> str:
             f"after the first token: {summary['hit_rate']:.1%} hits, {summary['bytes_per_token'] / 1e6:.1f} MB read "
             f"and {summary['stall_ms_per_token']:.1f} ms stalled per token"
         )
+    if summary["reads_wrong"]:
+        lines.append(f"{summary['reads_wrong']} reads gave wrong bytes and were made once more: look at the storage")
     return "\n".join(lines)
 
 
@@ -95,5 +98,5 @@ def cache_text(info: CacheInfo | None, kernels: str) -> str:
     return (
         f"expert cache: {format_size(info.used)} of {format_size(info.budget)}, {info.n_slots} slots in each of "
         f"{info.n_layers} layers (floor {format_size(info.floor)}), policy {info.policy}, {info.io} reads with "
-        f"{info.n_threads} threads, {kernels} expert kernels{start}{lossy}"
+        f"{info.n_threads} threads{', verified' if info.verify else ''}, {kernels} expert kernels{start}{lossy}"
     )

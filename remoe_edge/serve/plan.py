@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from remoe_edge.errors import RemoeError
-from remoe_edge.gguf_io.layout import Layout
+from remoe_edge.gguf_io.layout import Layout, align
 from remoe_edge.gguf_io.runnable import check_runnable
 from remoe_edge.measure.worker import process_memory
+from remoe_edge.runtime.budget import READERS, cache_bytes, expert_groups, least_slots, most_slots
 from remoe_edge.runtime.build import Runtime
-from remoe_edge.runtime.llama import CacheConfig, default_threads, load_model
+from remoe_edge.runtime.llama import POLICIES, CacheConfig, default_threads, load_model
 from remoe_edge.sizes import format_size, parse_size
 
 CHATML = Path(__file__).parent / "chatml.jinja"
@@ -42,10 +43,14 @@ _REQUEST_COPIES = 6
 """How often a request lies in memory while it is parsed: bytes, text, JSON, prompt, tokens."""
 
 _PROCESS = 48 * _MIB
-_FRONT_MARGIN = 24 * _MIB
-_CACHE_METADATA = 500
-"""The expert cache takes one part in so many of its slots for itself, and `_CACHE_STAGING` at most."""
-_CACHE_STAGING = 4 * _MIB
+_FRONT, _FRONT_MARGIN, _FRONT_STEP = 64 * _MIB, 16 * _MIB, 8 * _MIB
+"""Room for the front: the first, or what this process takes and a margin, rounded up to a step, if that is more. It is
+rounded so that a limit that is accepted once is accepted always."""
+
+_OBJECTS = 64 << 10
+"""C++ objects of the cache may be larger elsewhere than where `cache_bytes` learned their sizes."""
+_REPACK_ROOM = 500, 16 * _MIB
+"""The runtime repacks experts of its own accord if the budget has one part in so many, and so many bytes, to spare."""
 
 _TOOL_TIMEOUT_S = 120
 
@@ -191,6 +196,7 @@ def make_plan(options: Options, runtime: Runtime) -> Plan:
     cache = options.cache or CacheConfig("auto" if model.experts else "off")
     if cache.enabled and not model.experts:
         raise RemoeError(f"{options.model}: the model has no experts to cache; leave out --expert-cache")
+    least = model.least_budget(cache) if cache.enabled else 0
     ctx_limit = model.n_ctx_train
     if options.ctx and options.ctx > ctx_limit:
         raise RemoeError(f"{options.model}: was trained on contexts of {ctx_limit} tokens; lower --ctx {options.ctx}")
@@ -218,34 +224,24 @@ def make_plan(options: Options, runtime: Runtime) -> Plan:
             compute=compute,
             prompt_cache=options.prompt_cache,
             process=_PROCESS + _REQUEST_COPIES * REQUESTS_AT_ONCE * max_request,
-            front=process_memory(os.getpid()) + _FRONT_MARGIN + 2 * REQUESTS_AT_ONCE * max_request,
+            front=max(_FRONT, align(process_memory(os.getpid()) + _FRONT_MARGIN, _FRONT_STEP))
+            + 2 * REQUESTS_AT_ONCE * max_request,
             expert_bytes=model.experts,
         )
 
-    floor = model.floor(cache) if cache.enabled else 0
     memory = options.memory or _available_memory()
-    plan = draft(options.ctx) if options.ctx else _largest_context(draft, ctx_limit, memory, floor)
+    plan = draft(options.ctx) if options.ctx else _largest_context(draft, ctx_limit, memory, least)
     if options.memory is None:
         return plan
     left = options.memory - plan.fixed
-    if left < floor:
-        raise RemoeError(_too_small(plan, floor))
-    if not cache.enabled:
+    if left < least:
+        raise RemoeError(_too_small(plan, least))
+    if not cache.enabled or cache.budget != "auto":
         return plan
-    if cache.budget == "auto":
-        most = model.experts + model.experts // _CACHE_METADATA + _CACHE_STAGING
-        return replace(plan, budget=min(left, most))
-    asked = model.budget(cache.budget)
-    if asked > left:
-        raise RemoeError(
-            f"the expert cache of {cache.budget} takes {format_size(asked)}, but --memory "
-            f"{format_size(options.memory)} leaves {format_size(left)} for it ({_parts(plan)}); "
-            "lower --expert-cache, --ctx or --slots, or raise --memory"
-        )
-    return plan
+    return replace(plan, budget=min(left, model.whole_budget(cache)))
 
 
-def _largest_context(draft: Callable[[int], Plan], limit: int, memory: int, floor: int) -> Plan:
+def _largest_context(draft: Callable[[int], Plan], limit: int, memory: int, least: int) -> Plan:
     choices = sorted({limit, *(ctx for ctx in _CONTEXTS if ctx < limit)}, reverse=True)
     if limit > _CONTEXTS[0]:
         choices.remove(limit)
@@ -253,24 +249,25 @@ def _largest_context(draft: Callable[[int], Plan], limit: int, memory: int, floo
         plan = draft(ctx)
         context = plan.kv_cache + plan.compute
         rest = memory - (plan.fixed - context)
-        if context <= max(0, rest) // _CONTEXT_SHARE and rest - context >= floor:
+        if context <= max(0, rest) // _CONTEXT_SHARE and rest - context >= least:
             return plan
     return plan
 
 
-def _too_small(plan: Plan, floor: int) -> str:
+def _too_small(plan: Plan, least: int) -> str:
     assert plan.memory is not None
-    needed = plan.fixed + floor
-    least = f" and at least {format_size(floor)} of expert cache" if floor else ""
+    needed = align(plan.fixed + least, _MIB) // _MIB
+    chosen, lower = parts(plan), ["--ctx", "--slots", "--max-request"]
+    if plan.cache.budget == "auto":
+        chosen["expert cache at least"] = least
+    elif plan.cache.enabled:
+        chosen["expert cache"] = least
+        lower.append("--expert-cache")
     return (
         f"--memory {format_size(plan.memory)} is not enough for {plan.model.name} with {plan.slots} slots of "
-        f"{plan.ctx} tokens, which take {format_size(needed)}: {_parts(plan)}{least}; raise --memory, or lower --ctx, "
-        "--slots or --max-request"
+        f"{plan.ctx} tokens: {', '.join(f'{name} {format_size(size)}' for name, size in chosen.items())}; "
+        f"give --memory {needed}MiB, or lower {', '.join(lower[:-1])} or {lower[-1]}"
     )
-
-
-def _parts(plan: Plan) -> str:
-    return ", ".join(f"{name} {format_size(size)}" for name, size in parts(plan).items())
 
 
 def parts(plan: Plan) -> dict[str, int]:
@@ -293,10 +290,10 @@ class _Model:
         first = layouts[0]
         architecture = first.text("general.architecture") or "?"
         tensors = [tensor for layout in layouts for tensor in layout.tensors.values()]
-        self._used = first.integer(f"{architecture}.expert_used_count") or 0
-        self._slices = [tensor.slice_bytes for tensor in tensors if tensor.experts]
-        self._counts = [tensor.experts for tensor in tensors if tensor.experts]
+        self._path = first.path
+        self._quantised = any(tensor.type.block > 1 for tensor in tensors if tensor.experts)
         self.experts = sum(tensor.nbytes for tensor in tensors if tensor.experts)
+        self._groups = expert_groups(layouts) if self.experts else []
         self.dense = sum(tensor.nbytes for tensor in tensors if not tensor.experts)
         named = {tensor.name: tensor for tensor in tensors}
         if "output.weight" not in named and "token_embd.weight" in named:
@@ -306,18 +303,40 @@ class _Model:
         self.has_chat_template = "tokenizer.chat_template" in first.fields
         self.n_ctx_train = first.integer(f"{architecture}.context_length") or _CONTEXTS[-1]
 
-    def budget(self, text: str) -> int:
-        """Bytes of a budget as `--expert-cache` takes it, "auto" excepted."""
-        slots = re.fullmatch(r"(\d+)s", text)
-        return self._bytes_for(int(slots[1])) if slots else parse_size(text)
+    def least_budget(self, cache: CacheConfig) -> int:
+        """Bytes that the cache takes at least: what was asked for, or its floor.
 
-    def floor(self, cache: CacheConfig) -> int:
-        """About the least budget that can work: the runtime has the last word."""
-        return self._bytes_for(self._used) if cache.budget == "auto" else self.budget(cache.budget)
+        Raises RemoeError for less than the floor, which the runtime would refuse once the model is loaded.
+        """
+        fewest = least_slots(self._groups)
+        floor = self._bytes(cache, fewest)
+        if cache.budget == "auto":
+            return floor + _OBJECTS
+        slots = re.fullmatch(r"(\d+)s", cache.budget)
+        asked = self._bytes(cache, int(slots[1])) if slots else parse_size(cache.budget)
+        if asked < floor:
+            raise RemoeError(
+                f"{self._path}: --expert-cache {cache.budget} is below the floor of this model: give at least "
+                f"{align(floor + _OBJECTS, _MIB) // _MIB}MiB, or {fewest}s: {fewest} experts of each of "
+                f"{len(self._groups)} layers are used for every token"
+            )
+        return asked
 
-    def _bytes_for(self, slots: int) -> int:
-        data = sum(size * min(slots, count) for size, count in zip(self._slices, self._counts, strict=True))
-        return data + data // _CACHE_METADATA
+    def whole_budget(self, cache: CacheConfig) -> int:
+        """Bytes beyond which a budget buys nothing: for all experts, repacked or not."""
+        part, more = _REPACK_ROOM
+        plain, repacked = (self._bytes(cache, most_slots(self._groups), repack) for repack in (False, True))
+        return max(plain, repacked, self.experts + self.experts // part + more) + _OBJECTS
+
+    def _bytes(self, cache: CacheConfig, slots: int, repack: bool | None = None) -> int:
+        return cache_bytes(
+            self._groups,
+            min(slots, most_slots(self._groups)),
+            cache.policy or POLICIES[0],
+            cache.threads or READERS,
+            checksums=bool(cache.verify),
+            repack=self._quantised and (cache.repack == "on" if repack is None else repack),
+        )
 
 
 def _context_memory(runtime: Runtime, options: Options, ctx: int) -> tuple[int, int]:

@@ -23,7 +23,8 @@ STARTING, READY, DOWN, STOPPED = "starting", "ready", "down", "stopped"
 
 _ASK_S = 0.1
 _STOP_S = 10.0
-_LINES_KEPT = 200
+_LINES_KEPT, _CHARACTERS_KEPT = 200, 1000
+"""Of the log, for the reason of a crash: a line may hold a whole prompt."""
 _BACK_OFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Waits before a restart, one longer than the other; the process is given up when there is none left."""
 _STABLE_S = 60.0
@@ -159,7 +160,7 @@ class ModelProcess:
             line = data.decode(errors="replace").rstrip()
             found = _LOG_LINE.match(line)
             level, text = (found[1], found[2]) if found else ("I", line)
-            self._lines.append((level, text))
+            self._lines.append((level, text[:_CHARACTERS_KEPT]))
             self._log(level, text)
 
     def _why(self, status: int) -> str:
