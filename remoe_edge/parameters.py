@@ -37,6 +37,25 @@ verify_option = click.option(
 )
 
 
+def _gpu_layers(ctx: click.Context, parameter: click.Parameter, text: str) -> int | str:
+    if text in ("auto", "all"):
+        return text
+    if not text.isascii() or not text.isdigit():
+        raise click.BadParameter(f"{text!r} is neither a number, nor auto or all")
+    return int(text)
+
+
+gpu_layers_option = click.option(
+    "-ngl",
+    "--gpu-layers",
+    metavar="N",
+    default="auto",
+    show_default=True,
+    callback=_gpu_layers,
+    help="Layers on the GPU: a number, all, or auto: all where there is a GPU. The expert cache takes all or none.",
+)
+
+
 def cache_options(command: _Command) -> _Command:
     """Options of one expert cache: budget, policy, io, prefetch, cache_threads, verify, warm."""
     options = (

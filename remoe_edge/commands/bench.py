@@ -18,7 +18,7 @@ from remoe_edge.measure.bench import bench
 from remoe_edge.measure.journal import journal_path, refuse_interrupted
 from remoe_edge.measure.rows import TPOT_FORMULA, Row
 from remoe_edge.measure.workloads import PACKAGED, Workload, load_workload, single_prompt
-from remoe_edge.parameters import model_path, verify_option
+from remoe_edge.parameters import gpu_layers_option, model_path, verify_option
 from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
 from remoe_edge.report.labels import arm_name
@@ -72,6 +72,7 @@ _TABLE_WIDTH = 160
 @click.option(
     "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="Compute threads. [default: physical cores]"
 )
+@gpu_layers_option
 @click.option("-r", "--repetitions", metavar="REPETITIONS", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the rows here (JSONL).")
 @click.option("--force", is_flag=True, help="Overwrite an existing --output.")
@@ -156,6 +157,7 @@ def command(
     prompts: int | None,
     n_gen: int,
     threads: int | None,
+    gpu_layers: int | str,
     repetitions: int,
     output: Path | None,
     force: bool,
@@ -238,6 +240,7 @@ def command(
         page_cache=page_cache,
         power=power,
         cool_down_s=cool_down,
+        gpu_layers=gpu_layers,
     )
     journal = journal_path(output) if output else None
     try:

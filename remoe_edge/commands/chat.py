@@ -18,7 +18,7 @@ from remoe_edge.chat.conversation import PLAIN_N_GEN, Answer, Conversation
 from remoe_edge.chat.lines import Lines
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import has_experts
-from remoe_edge.parameters import cache_options, model_path, refuse
+from remoe_edge.parameters import cache_options, gpu_layers_option, model_path, refuse
 from remoe_edge.power.find import SOURCES, find_source
 from remoe_edge.power.source import NoSource
 from remoe_edge.progress import stderr_progress
@@ -59,6 +59,7 @@ _COMMANDS = ("/stats", "/save ", "/reset", "/help", "/quit")
 @click.option(
     "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="Compute threads. [default: physical cores]"
 )
+@gpu_layers_option
 @click.option(
     "-c",
     "--ctx",
@@ -98,6 +99,7 @@ def command(
     verify: bool | None,
     warm: str | None,
     threads: int | None,
+    gpu_layers: int | str,
     n_ctx: int | None,
     temp: float,
     top_p: float | None,
@@ -136,7 +138,7 @@ def command(
     sensor.close()
     with stderr_progress() as report:
         ensure_runtime(report=report)
-    with load_model(model, config, verbose=verbose) as loaded:
+    with load_model(model, config, gpu_layers=gpu_layers, verbose=verbose) as loaded:
         size = n_ctx or min(_DEFAULT_CTX, loaded.n_ctx_train)
         with loaded.session(n_ctx=size, n_threads=threads or default_threads()) as session:
             conversation = Conversation(

@@ -12,7 +12,7 @@ from remoe_edge.commands.bench import check_route_bias
 from remoe_edge.errors import RemoeError
 from remoe_edge.files import refuse_existing
 from remoe_edge.gguf_io.layout import has_experts
-from remoe_edge.parameters import cache_options, model_path, refuse
+from remoe_edge.parameters import cache_options, gpu_layers_option, model_path, refuse
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import (
@@ -51,6 +51,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 @click.option(
     "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="Compute threads. [default: physical cores]"
 )
+@gpu_layers_option
 @click.option(
     "-c",
     "--ctx",
@@ -85,6 +86,7 @@ def command(
     verify: bool | None,
     warm: str | None,
     threads: int | None,
+    gpu_layers: int | str,
     n_ctx: int | None,
     temp: float,
     top_p: float | None,
@@ -136,7 +138,7 @@ def command(
         raise RemoeError(f"{model}: has no experts to prefer; leave out --route-bias")
     with stderr_progress() as report:
         ensure_runtime(report=report)
-    with load_model(model, config, verbose=verbose) as loaded:
+    with load_model(model, config, gpu_layers=gpu_layers, verbose=verbose) as loaded:
         tokens = _prompt_tokens(loaded, prompt, chat)
         size = n_ctx or len(tokens) + n_gen
         if len(tokens) >= size:

@@ -13,7 +13,7 @@ import click
 
 from remoe_edge.demo_model import resolve
 from remoe_edge.errors import RemoeError
-from remoe_edge.parameters import cache_options
+from remoe_edge.parameters import cache_options, gpu_layers_option
 from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
 from remoe_edge.runtime.build import ensure_runtime
@@ -55,6 +55,7 @@ _KEY_VARIABLE = "LLAMA_API_KEY"
 @click.option(
     "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="Compute threads. [default: physical cores]"
 )
+@gpu_layers_option
 @click.option(
     "--prompt-cache",
     metavar="SIZE",
@@ -127,6 +128,7 @@ def command(
     slots: int,
     queue: int,
     threads: int | None,
+    gpu_layers: int | str,
     prompt_cache: str,
     embeddings: bool,
     chat_template: Path | None,
@@ -193,6 +195,7 @@ def command(
                 embeddings=embeddings,
                 chat_template=chat_template,
                 alias=alias,
+                gpu_layers=gpu_layers,
             ),
             runtime,
         )

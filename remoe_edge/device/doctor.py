@@ -28,6 +28,7 @@ from remoe_edge.power.find import find_source
 from remoe_edge.power.sampler import Sampler
 from remoe_edge.power.source import NoSource
 from remoe_edge.progress import Report, silent
+from remoe_edge.runtime.llama import gpu_devices
 from remoe_edge.runtime.pin import load_pin, patches_digest, patches_dir
 from remoe_edge.runtime.wheel import installed_manifest
 from remoe_edge.sizes import format_size
@@ -463,7 +464,15 @@ def _runtime(device: Identity) -> Iterator[Finding]:
     )
     if (installed.llama_cpp_python, installed.patches) != (pin.version, digest):
         yield Finding("runtime", NOTE, f"{found}; this version has {wanted}", "run remoe-edge build", values)
-    elif device.jetson and not installed.cuda:
+    elif installed.cuda and not (devices := gpu_devices()):
+        values["devices"] = []
+        advice = "look for the driver: nvidia-smi; in a container: --runtime nvidia"
+        yield Finding("runtime", NOTE, f"{found}, but it sees no GPU", advice, values)
+    elif installed.cuda:
+        values["devices"] = [vars(each) for each in devices]
+        names = ", ".join(f"{each.label}, {format_size(each.free)} free" for each in devices)
+        yield Finding("runtime", OK, f"{found}: {names}", values=values)
+    elif device.jetson:
         yield Finding("runtime", NOTE, found, "the GPU stays idle; remoe-edge build --cuda", values)
     else:
         yield Finding("runtime", OK, found, values=values)

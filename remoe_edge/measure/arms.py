@@ -39,6 +39,8 @@ class Options:
         measured with each.
     baselines
         "mmap": stock llama.cpp, experts in the page cache. "resident": all experts in memory, without a memory limit.
+    gpu_layers
+        As in `layers_on_gpu`, for "cache" and "resident" runs. "mmap" is on the CPU: a GPU takes copies of weights.
     repack
         Use the repacked kernels that llama.cpp chooses for this CPU in "cache" and "resident" runs; "mmap" cannot,
         since repacked weights are a copy in memory. Outputs of different kernels differ in their last bits.
@@ -72,6 +74,7 @@ class Options:
     page_cache: str = "cold"
     power: str = "auto"
     cool_down_s: float = 60.0
+    gpu_layers: int | str = 0
 
 
 @dataclass(frozen=True)

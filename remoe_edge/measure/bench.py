@@ -155,6 +155,7 @@ def _measure(
         cache=arm.cache(options),
         mmap=arm.name == "mmap",
         repack=arm.repack,
+        gpu_layers=0 if arm.name == "mmap" else options.gpu_layers,
         chat=prompt.chat,
         # Within the run's own group, so that the memory limit bounds the page cache, too.
         warm_files=tuple(map(str, files)) if warm else (),

@@ -22,6 +22,8 @@ _TOLD = {
     "llama.cpp": "llama_cpp_commit",
     "patches": "patch_hash",
     "threads": "n_threads",
+    "GPU": "gpu_info",
+    "layers on the GPU": "n_gpu_layers",
     "kernels": "kernels",
     "policy": "policy",
     "read mode": "read_mode",

@@ -40,6 +40,7 @@ def llama_bench_fields(arm: Arm, options: Options, records: Sequence[Record], st
     """The fields of llama-bench, so that tools made for it can read our rows: one test of prompt and generation."""
     runs = [record.run for record in records if record.run]
     first = runs[0] if runs else None
+    gpu = first.gpu if first else None
     job = Job.__dataclass_fields__
     samples = [run.token_ns[-1] for run in runs]
     speeds = [(run.n_prompt + run.n_gen) / run.token_ns[-1] * 1e9 for run in runs]
@@ -47,8 +48,8 @@ def llama_bench_fields(arm: Arm, options: Options, records: Sequence[Record], st
         "build_commit": runtime_fields()["llama_cpp_commit"] or "unknown",
         "build_number": 0,
         "cpu_info": cpu_name(),
-        "gpu_info": "",
-        "backends": "CPU",
+        "gpu_info": gpu.device if gpu else "",
+        "backends": gpu.backend if gpu else "CPU",
         "model_filename": str(arm.model),
         "model_type": first.model_description if first else None,
         "model_size": first.model_bytes if first else None,
@@ -61,7 +62,7 @@ def llama_bench_fields(arm: Arm, options: Options, records: Sequence[Record], st
         "poll": 50,
         "type_k": "f16",
         "type_v": "f16",
-        "n_gpu_layers": 0,
+        "n_gpu_layers": gpu.layers if gpu else 0,
         "n_cpu_moe": 0,
         "split_mode": "layer",
         "main_gpu": 0,

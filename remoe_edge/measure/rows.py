@@ -107,6 +107,7 @@ def summarize(records: Sequence[Record]) -> Row:
         "prefetch": info.prefetch if info else None,
         "cache_threads": info.n_threads if info else None,
         "kernels": first.kernels if first else None,
+        "gpu_memory_bytes": first.gpu.bytes if first and first.gpu else None,
         "chat_template": any(run.chat_template for run in runs) if runs else None,
         "verify": info.verify if info else None,
         "reads_wrong": _reads_wrong(runs) if info and info.verify else None,

@@ -33,7 +33,8 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.files import scratch_folder
 from remoe_edge.measure.cgroup import MemoryGroup
 from remoe_edge.processes import child_process
-from remoe_edge.runtime.llama import CacheConfig, CacheInfo, CacheStats, Session, load_model
+from remoe_edge.runtime.gpu import Device
+from remoe_edge.runtime.llama import CacheConfig, CacheInfo, CacheStats, Session, gpu_devices, load_model
 
 _SAMPLE_S = 0.05
 _PROGRESS_NS = 500_000_000
@@ -54,6 +55,8 @@ class Job:
         Put the prompt into the model's chat template, if it has one.
     warm_files
         Files to read through before the model is loaded, so that the page cache holds what fits of them.
+    gpu_layers
+        As in `layers_on_gpu`.
     """
 
     model: str
@@ -67,6 +70,25 @@ class Job:
     n_ubatch: int = 512
     chat: bool = False
     warm_files: tuple[str, ...] = ()
+    gpu_layers: int | str = 0
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """Layers of the model on GPUs, -1 for all, and the bytes that these had less afterwards.
+
+    On a board whose CPU and GPU share one memory, other processes and `memory` of the run are part of them.
+    """
+
+    layers: int
+    backend: str
+    device: str
+    bytes: int
+
+    @classmethod
+    def of(cls, layers: int, before: list[Device], after: list[Device]) -> GpuUse:
+        taken = sum(old.free - new.free for old, new in zip(before, after, strict=True))
+        return cls(layers, before[0].backend, ", ".join(device.label for device in before), taken)
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,8 @@ class DecodeRun:
     memory
         Anonymous and shared memory of the process, "start": before the model, "loaded": after it, "ready": with the
         context, "end".
+    gpu
+        None if no layer was on one.
     """
 
     n_prompt: int
@@ -152,6 +176,7 @@ class DecodeRun:
     timer_ns: float = 0.0
     tokens: TokenCounters | None = None
     layers: LayerCounters | None = None
+    gpu: GpuUse | None = None
 
     @property
     def moments_ns(self) -> list[int]:
@@ -167,8 +192,9 @@ class DecodeRun:
             "info": CacheInfo,
             "tokens": TokenCounters,
             "layers": LayerCounters,
+            "gpu": GpuUse,
         }
-        parts = {key: kind(**content[key]) if content[key] is not None else None for key, kind in nested.items()}
+        parts = {key: kind(**content[key]) if content.get(key) is not None else None for key, kind in nested.items()}
         return cls(**{**content, **parts})
 
 
@@ -186,10 +212,11 @@ def decode(job: Job, progress: Callable[[float], None] = lambda fraction: None) 
         _read_through(Path(name))
     memory = {"start": process_memory("self")}
     path = Path(job.model)
+    devices = gpu_devices()
     begin = time.monotonic_ns()
     with (
         _own_hot_set(job.cache) as cache,
-        load_model(path, cache, mmap=job.mmap, repack=job.repack) as model,
+        load_model(path, cache, mmap=job.mmap, repack=job.repack, gpu_layers=job.gpu_layers) as model,
     ):
         memory["loaded"] = process_memory("self")
         chat = job.chat and model.has_chat_template
@@ -209,8 +236,9 @@ def decode(job: Job, progress: Callable[[float], None] = lambda fraction: None) 
                 context.wait_loaded()
             load_ns = time.monotonic_ns() - begin
             memory["ready"] = process_memory("self")
+            gpu = GpuUse.of(model.gpu_layers, devices, gpu_devices()) if model.gpu_layers else None
             run = _generate(context, prompt, job.n_gen, memory, progress)
-            return replace(run, chat_template=chat, load_ns=load_ns)
+            return replace(run, chat_template=chat, load_ns=load_ns, gpu=gpu)
 
 
 @contextmanager

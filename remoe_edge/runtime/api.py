@@ -13,6 +13,7 @@ from remoe_edge.demo_model import resolve
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import has_experts
 from remoe_edge.gguf_io.runnable import check_runnable
+from remoe_edge.runtime.gpu import layers_on_gpu
 from remoe_edge.runtime.llama import (
     CacheConfig,
     CacheInfo,
@@ -22,6 +23,7 @@ from remoe_edge.runtime.llama import (
     cache_overrides,
     collected_log,
     default_threads,
+    gpu_devices,
     require_runtime,
 )
 
@@ -53,6 +55,8 @@ class Llama(llama_cpp.Llama):
     expert_cache_policy, expert_cache_io, expert_cache_threads, expert_cache_repack, expert_prefetch,
     expert_cache_verify, expert_cache_warm
         As in `CacheConfig`; named as the options of llama.cpp's tools. None leaves the choice to the runtime.
+    n_gpu_layers
+        As llama-cpp-python takes it; by default all where the runtime sees a GPU, else none.
     n_threads, n_threads_batch
         By default the physical cores.
     kv_overrides
@@ -97,6 +101,7 @@ class Llama(llama_cpp.Llama):
             verify=expert_cache_verify,
             warm=None if expert_cache_warm is None else os.fspath(expert_cache_warm),
         )
+        kwargs.setdefault("n_gpu_layers", layers_on_gpu("auto", gpu_devices()))
         with _load_errors(path, verbose):
             super().__init__(
                 str(path),

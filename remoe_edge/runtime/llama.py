@@ -25,6 +25,7 @@ from jinja2 import TemplateError
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.runnable import check_runnable
+from remoe_edge.runtime.gpu import Device, find_devices, layers_on_gpu
 
 Logits = npt.NDArray[np.float32]
 
@@ -278,8 +279,9 @@ _aborts = _Aborts()
 class Model:
     """A loaded model: its vocabulary and its expert cache. Obtained from `load_model`."""
 
-    def __init__(self, path: Path, handle: Any, *, repack: bool) -> None:
+    def __init__(self, path: Path, handle: Any, *, repack: bool, gpu_layers: int = 0) -> None:
         self.path = path
+        self.gpu_layers = gpu_layers
         self._model = handle
         self._repack = repack
         self._vocab = _llama().llama_model_get_vocab(handle)
@@ -608,9 +610,10 @@ def load_model(
     *,
     mmap: bool = True,
     repack: bool = True,
+    gpu_layers: int | str = 0,
     verbose: bool = False,
 ) -> Iterator[Model]:
-    """Load a GGUF on the CPU; freed when the context ends.
+    """Load a GGUF; freed when the context ends.
 
     Parameters
     ----------
@@ -620,11 +623,14 @@ def load_model(
         Map the file instead of reading all of it; the expert cache reads dense weights in any case.
     repack
         Let llama.cpp rearrange weights for this CPU's kernels; of experts in the cache see `CacheConfig`.
+    gpu_layers
+        As in `layers_on_gpu`. The expert cache takes all or none.
     verbose
         Show llama.cpp's log on stderr.
 
-    Raises RemoeError if the runtime is missing, for what `check_runnable` refuses, or if the model cannot be loaded,
-    with llama.cpp's reason. Where llama.cpp aborts after that, the process ends with a sentence and status 1.
+    Raises RemoeError if the runtime is missing, for what `check_runnable` and `layers_on_gpu` refuse, or if the model
+    cannot be loaded, with llama.cpp's reason. Where llama.cpp aborts after that, the process ends with a sentence and
+    status 1.
     """
     llama = _llama()
     if not path.exists():
@@ -632,7 +638,7 @@ def load_model(
     check_runnable(path)
     _aborts.install(llama._lib, path)
     parameters = llama.llama_model_default_params()
-    parameters.n_gpu_layers = 0
+    parameters.n_gpu_layers = layers_on_gpu(gpu_layers, gpu_devices())
     parameters.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE
     parameters.use_extra_bufts = repack
     overrides = _overrides(cache or CacheConfig("off"))
@@ -643,9 +649,14 @@ def load_model(
     if not handle:
         raise RemoeError(f"{path}: {_log.reason('the model could not be loaded')}")
     try:
-        yield Model(path, handle, repack=repack)
+        yield Model(path, handle, repack=repack, gpu_layers=parameters.n_gpu_layers)
     finally:
         llama.llama_model_free(handle)
+
+
+def gpu_devices() -> list[Device]:
+    """The GPUs that the runtime can use. Raises RemoeError if the runtime is missing."""
+    return find_devices(_llama()._lib)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from remoe_edge.gguf_io.runnable import check_runnable
 from remoe_edge.measure.worker import process_memory
 from remoe_edge.runtime.budget import READERS, cache_bytes, expert_groups, least_slots, most_slots
 from remoe_edge.runtime.build import Runtime
+from remoe_edge.runtime.gpu import Device, layers_on_gpu
 from remoe_edge.runtime.llama import POLICIES, CacheConfig, default_threads, load_model
 from remoe_edge.sizes import format_size, parse_size
 
@@ -85,6 +86,7 @@ class Options:
     embeddings: bool = False
     chat_template: Path | None = None
     alias: str | None = None
+    gpu_layers: int | str = "auto"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Plan:
     process: int
     front: int
     expert_bytes: int
+    gpu_layers: int | str = "auto"
 
     @property
     def fixed(self) -> int:
@@ -163,6 +166,7 @@ class Plan:
             "--parallel": self.slots,
             "--ctx-size": self.ctx * self.slots,
             "--threads": self.threads,
+            "--gpu-layers": None if self.gpu_layers == "auto" else self.gpu_layers,
             "--chat-template-file": self.chat_template,
             "--cache-ram": -(-self.prompt_cache // _MIB),
             # A request holds a thread from its arrival to its end; a few more answer health and metrics meanwhile.
@@ -196,6 +200,8 @@ def make_plan(options: Options, runtime: Runtime) -> Plan:
     cache = options.cache or CacheConfig("auto" if model.experts else "off")
     if cache.enabled and not model.experts:
         raise RemoeError(f"{options.model}: the model has no experts to cache; leave out --expert-cache")
+    if options.gpu_layers not in ("auto", 0):
+        layers_on_gpu(options.gpu_layers, _devices(runtime))
     least = model.least_budget(cache) if cache.enabled else 0
     ctx_limit = model.n_ctx_train
     if options.ctx and options.ctx > ctx_limit:
@@ -211,6 +217,7 @@ def make_plan(options: Options, runtime: Runtime) -> Plan:
             ctx=ctx,
             n_ctx_train=model.n_ctx_train,
             threads=options.threads or default_threads(),
+            gpu_layers=options.gpu_layers,
             queue=options.queue,
             max_request=max_request,
             embeddings=options.embeddings,
@@ -340,8 +347,13 @@ class _Model:
 
 
 def _context_memory(runtime: Runtime, options: Options, ctx: int) -> tuple[int, int]:
-    """Bytes of KV cache and of compute buffers, rounded up to MiB."""
+    """Bytes of KV cache and of compute buffers, rounded up to MiB; with a GPU both its and the host's.
+
+    That is what they take where CPU and GPU share one memory. A card of its own has its part in its own memory, so
+    there the plan counts more than the host needs.
+    """
     command = [str(runtime.bin_dir / "llama-fit-params"), "--model", str(options.model), "--fit-print", "on"]
+    command += [] if options.gpu_layers == "auto" else ["--gpu-layers", str(options.gpu_layers)]
     command += ["--parallel", str(options.slots), "--ctx-size", str(ctx * options.slots)]
     try:
         # Without a debugger's account of where it gave up.
@@ -351,12 +363,25 @@ def _context_memory(runtime: Runtime, options: Options, ctx: int) -> tuple[int, 
         )
     except subprocess.TimeoutExpired as error:
         raise RemoeError(f"{options.model}: llama-fit-params did not end within {_TOOL_TIMEOUT_S} s") from error
-    found = re.search(r"^Host (\d+) (\d+) (\d+)", done.stdout, re.MULTILINE)
+    # A line for each device, and one for the host: MiB of weights, context and compute buffers.
+    found = re.findall(r"^\S+ \d+ (\d+) (\d+) *$", done.stdout, re.MULTILINE)
     if done.returncode or not found:
         # The tool does not say why; loading does.
         with load_model(options.model):
             raise RemoeError(f"{options.model}: llama-fit-params failed with status {done.returncode}")
-    return (int(found[2]) + 1) * _MIB, (int(found[3]) + 1) * _MIB
+    kv_cache, compute = (sum(int(mib) + 1 for mib in column) for column in zip(*found, strict=True))
+    return kv_cache * _MIB, compute * _MIB
+
+
+def _devices(runtime: Runtime) -> list[Device]:
+    """GPUs that the model process will see; asked of it, so that this process needs no driver's memory."""
+    command = [str(runtime.bin_dir / "llama-server"), "--list-devices"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TOOL_TIMEOUT_S)
+    lines = re.findall(r"^  (\w+): (.+) \((\d+) MiB, (\d+) MiB free\)$", done.stdout, re.MULTILINE)
+    return [
+        Device(name, description, name.rstrip("0123456789"), int(free) * _MIB, int(total) * _MIB)
+        for name, description, total, free in lines
+    ]
 
 
 def _available_memory() -> int:
