@@ -44,7 +44,8 @@ def cache_options(command: _Command) -> _Command:
         click.option(
             "--prefetch",
             type=click.Choice(PREFETCHES),
-            help="Read ahead what the next layer's router would choose now. [default: off]",
+            help="Read ahead what the next layer's router would choose now: always (router), or in layers where most of "
+            "it is needed (auto). [default: off]",
         ),
         click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]"),
         click.option(

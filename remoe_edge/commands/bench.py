@@ -95,7 +95,8 @@ _TABLE_WIDTH = 160
     "prefetches",
     multiple=True,
     type=click.Choice(PREFETCHES),
-    help="Read ahead what the next layer's router would choose now; may be repeated. [default: off]",
+    help="Read ahead what the next layer's router would choose now: always (router), or in layers where most of it is "
+    "needed (auto); may be repeated. [default: off]",
 )
 @click.option(
     "--route-bias",
@@ -264,9 +265,9 @@ def check_route_bias(biases: Sequence[float], keep: int | None, prefetches: Sequ
     """Refuse, before a model is loaded, what the runtime would refuse or what would have no effect."""
     if keep is not None and not biases:
         raise click.UsageError("--route-keep has no effect without --route-bias.")
-    if biases and "router" in prefetches:
+    if biases and set(prefetches) - {"off"}:
         raise click.UsageError(
-            "--route-bias and --prefetch router exclude each other: output would depend on how fast is read ahead."
+            "--route-bias and --prefetch exclude each other: output would depend on how fast is read ahead."
         )
 
 

@@ -20,7 +20,7 @@ READERS = 4
 
 _PAGE = 4096
 _READER_STACK = 64 << 10
-_CACHE, _GROUP, _TENSOR, _SLICE, _REQUEST = 728, 432, 136, 12, 20
+_CACHE, _GROUP, _TENSOR, _SLICE, _REQUEST = 728, 568, 136, 12, 20
 _LRU, _LFU, _NEXT_USE, _MOMENT, _COUNT = 40, 72, 240, 48, 16
 _PAST, _PAIRS = 3, 512
 _NAME = re.compile(r"blk\.([0-9]+)\.ffn_(?:up|gate|down|gate_up)_((?:ch)?exps)\.weight")
@@ -83,7 +83,7 @@ def cache_bytes(groups: Sequence[ExpertGroup], slots: int, policy: str, readers:
     total = _CACHE + readers * _READER_STACK
     for group in groups:
         own = min(slots, group.experts)
-        total += _GROUP + _policy_bytes(policy, group, own) + group.experts * 6 * 4 + own * 3 * 4
+        total += _GROUP + _policy_bytes(policy, group, own) + group.experts * 7 * 4 + own * 3 * 4
         for start, length in group.slices:
             total += _TENSOR + own * (_slot_bytes(start, length) + _SLICE + _REQUEST) + _PAGE
     return total

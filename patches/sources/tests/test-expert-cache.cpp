@@ -404,6 +404,122 @@ static void test_forecast() {
     assert(llama_expert_forecast(cur, next, x.data(), 1, n)[0] == 9);
 }
 
+// a layer is read ahead as long as most of what is forecast for it is used
+static void test_judge() {
+    std::mt19937 rng(1);
+
+    const auto feed = [&rng](llama_expert_judge & judge, double precision, int n_calls) {
+        int n_wanted = 0, n_pays = 0;
+        for (int i = 0; i < n_calls; i++) {
+            if (judge.wants()) {
+                n_wanted++;
+                int n_used = 0;
+                for (int k = 0; k < 3; k++) {
+                    n_used += rng() % 1000 < precision * 1000;
+                }
+                n_pays += judge.pays;
+                judge.score(3, n_used);
+            }
+        }
+        return std::make_pair(n_wanted, n_pays);
+    };
+
+    // every forecast is made until there is a judgement; good ones are read ahead then, all of them
+    llama_expert_judge judge;
+    assert(feed(judge, 0.9, 100) == std::make_pair(100, 92) && judge.pays);
+    assert(judge.precision > 0.8f && judge.precision < 1.0f);
+
+    // it stops when they are bad, and most are not made any more
+    feed(judge, 0.2, 100);
+    assert(!judge.pays && judge.precision < 0.55f);
+    assert(feed(judge, 0.2, 800) == std::make_pair(100, 0));
+
+    // and comes back when they are good again
+    feed(judge, 0.95, 800);
+    assert(judge.pays);
+
+    // nothing to judge changes nothing
+    const float before = judge.precision;
+    judge.score(0, 0);
+    assert(judge.precision == before && judge.pays);
+
+    // just below what starts it, it does not start; just above what stops it, it does not stop
+    llama_expert_judge other;
+    for (int i = 0; i < 2000; i++) {
+        other.score(100, 58);
+        assert(!other.pays);
+    }
+    other.score(100, 100);
+    assert(other.pays);
+    for (int i = 0; i < 2000; i++) {
+        other.score(100, 58);
+        assert(other.pays);
+    }
+    other.score(100, 0);
+    assert(!other.pays);
+
+    // experts of a call count alike, in whatever order
+    llama_expert_judge one, many;
+    for (int i = 0; i < 60; i++) {
+        many.score(2, 1);
+        one.score(1, 0);
+        one.score(1, 1);
+    }
+    assert(std::abs(one.precision - many.precision) < 1e-6f && std::abs(many.precision - 0.5f) < 0.02f);
+}
+
+// with judge_ahead() good forecasts are read ahead and bad ones are not, and all are counted
+static void test_judged(const test_file & file, llama_expert_io_mode io) {
+    llama_expert_files files({ file.fd }, io);
+    llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 2);
+    cache.allocate(8);
+    cache.judge_ahead();
+
+    router route(1);
+    // layer 0: what is needed; layer 1: something else; layer 2: no forecast
+    uint64_t n_forecasts = 0, n_needed = 0;
+    for (int t = 0; t < 200; t++) {
+        for (int il = 0; il < N_LAYERS; il++) {
+            const auto ids    = route.token(il);
+            const auto here   = cache.resident(il);
+            const bool wanted = il < 2 && cache.wants_ahead(il);
+            if (wanted) {
+                std::vector<int> names(ids.begin(), ids.end());
+                if (il == 1) {
+                    names.clear();
+                    for (int e = 0; e < N_EXPERT && names.size() < K; e++) {
+                        if (std::find(ids.begin(), ids.end(), e) == ids.end()) {
+                            names.push_back(e);
+                        }
+                    }
+                } else {
+                    n_forecasts++;
+                    n_needed += std::count_if(ids.begin(), ids.end(), [&](int e) { return !here[e]; });
+                }
+                cache.read_ahead(il, names, 7);
+                if (t % 8 == 0) {
+                    std::this_thread::sleep_for(std::chrono::microseconds(500));
+                }
+            }
+            run_call(cache, file, il, ids, K, 1);
+        }
+    }
+    const auto good = cache.counters(0), bad = cache.counters(1), none = cache.counters(2);
+    assert(good.forecasts == 200 && n_forecasts == 200 && good.forecasts_read > 150 && good.forecasts_read < 200);
+    assert(good.forecast_used == good.forecast_experts && good.forecast_used == good.forecast_needed);
+    assert(good.forecast_needed == n_needed && good.forecast_ns == 1400 && good.bytes_ahead > 0 && good.bytes_used > 0);
+    assert(bad.forecasts > 20 && bad.forecasts < 60 && bad.forecasts_read == 0 && bad.bytes_ahead == 0);
+    assert(bad.forecast_used == 0 && bad.forecast_experts > 0 && bad.forecast_needed > 0);
+    assert(none.forecasts == 0 && none.forecast_experts == 0);
+
+    // where everything has a slot there is nothing to forecast
+    llama_expert_cache all(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 2);
+    all.allocate(N_EXPERT);
+    assert(all.wants_ahead(0));
+    all.judge_ahead();
+    assert(!all.wants_ahead(0));
+}
+
 static void test_bias() {
     typedef std::vector<int> order;
 
@@ -614,6 +730,7 @@ int main() {
     setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
 
     test_forecast();
+    test_judge();
     test_bias();
     test_hot_set();
     for (const auto io : { LLAMA_EXPERT_IO_DIRECT, LLAMA_EXPERT_IO_MMAP }) {
@@ -625,6 +742,7 @@ int main() {
             test_decode(file, io);
             test_ahead(file, io);
             test_ahead_fault(file, io);
+            test_judged(file, io);
             test_load(file, io);
             test_load_fault(file, io);
             test_prefill(file, io);
