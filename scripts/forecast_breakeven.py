@@ -1,4 +1,4 @@
-"""From which precision on does reading ahead pay? TPOT against the precision of a forecast that is made worse on purpose.
+"""From which precision on does reading ahead pay? TPOT against the precision of a forecast made worse on purpose.
 
     python scripts/forecast_breakeven.py olmoe-twin.gguf --budget 880MiB -t 2 -r 5
 
@@ -53,9 +53,7 @@ def main() -> None:
         for index in order if repetition % 2 == 0 else reversed(order):
             tpot, last[index] = run(args.model, args.budget, args.threads, args.tokens, *arms[index])
             times[index].append(tpot)
-    print(
-        "prefetch  wrong  precision   TPOT ms (all)                              ratio to off [95 %]   MB/token needed, wasted"
-    )
+    print("prefetch  wrong  precision   TPOT ms (all)   ratio to off [95 %]   MB per token needed, wasted")
     random = np.random.default_rng(0)
     base, points = np.array(times[0]), []
     for (prefetch, wrong), own, stats in zip(arms, times, last, strict=True):

@@ -1,4 +1,4 @@
-"""Prefetch `auto` in the compiled runtime: forecasts are judged, good ones are read ahead, and no output depends on it."""
+"""Prefetch `auto` in the compiled runtime: forecasts are judged, good ones are read ahead, output stays as it is."""
 
 from pathlib import Path
 

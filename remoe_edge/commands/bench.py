@@ -18,7 +18,7 @@ from remoe_edge.measure.bench import bench
 from remoe_edge.measure.journal import journal_path, refuse_interrupted
 from remoe_edge.measure.rows import TPOT_FORMULA, Row
 from remoe_edge.measure.workloads import PACKAGED, Workload, load_workload, single_prompt
-from remoe_edge.parameters import model_path
+from remoe_edge.parameters import cache_threads_option, model_path
 from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
 from remoe_edge.report.labels import arm_name
@@ -113,7 +113,7 @@ _TABLE_WIDTH = 160
     type=click.IntRange(min=0),
     help=f"With --route-bias the router's own first N choices stay. [default: {DEFAULT_ROUTE_KEEP}]",
 )
-@click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
+@cache_threads_option
 @click.option(
     "--expert-cache-warm",
     "warm",
@@ -165,7 +165,7 @@ def command(
     prefetches: tuple[str, ...],
     route_biases: tuple[float, ...],
     route_keep: int | None,
-    cache_threads: int | None,
+    cache_threads: int | str | None,
     warm: Path | None,
     page_cache: str,
     power: str,

@@ -64,7 +64,7 @@ class Options:
     prefetches: Sequence[str | None] = (None,)
     route_biases: Sequence[float | None] = (None,)
     route_keep: int | None = None
-    cache_threads: int | None = None
+    cache_threads: int | str | None = None
     warm: Path | None = None
     page_cache: str = "cold"
     power: str = "auto"
@@ -96,7 +96,7 @@ class Arm:
         parts = (self.name, self.budget, self.policy, self.read_mode, prefetch, bias, repacked)
         return f"{self.model.name}, {' '.join(part for part in parts if part)}"
 
-    def cache(self, threads: int | None, warm: Path | None = None) -> CacheConfig:
+    def cache(self, threads: int | str | None, warm: Path | None = None) -> CacheConfig:
         if self.budget is None:
             return CacheConfig("off")
         repack = "on" if self.repack else None

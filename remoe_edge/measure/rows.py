@@ -184,8 +184,8 @@ def _forecasts(runs: Sequence[DecodeRun]) -> Row:
         return total(part) / total(whole) if total(whole) else None
 
     layers = [run.layers for run in runs if run.layers and run.layers.forecast_experts]
-    named = np.sum([each.forecast_experts for each in layers], axis=0) if layers else np.zeros(0)
-    used = np.sum([each.forecast_used for each in layers], axis=0) if layers else np.zeros(0)
+    named = np.sum([each.forecast_experts or [] for each in layers], axis=0) if layers else np.zeros(0)
+    used = np.sum([each.forecast_used or [] for each in layers], axis=0) if layers else np.zeros(0)
     cost = share("forecast_ns", "forecasts")
     return {
         "forecast_precision": share("forecast_used", "forecast_experts"),

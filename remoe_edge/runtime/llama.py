@@ -61,7 +61,7 @@ class CacheConfig:
     io
         Read mode: "auto", "direct", "mmap".
     threads
-        Reader threads.
+        Reader threads; "auto": as many as the storage wants, found by reading at the first load and remembered.
     prefetch
         "router": read ahead what the next layer's router would choose now; "auto": in layers, and as long as, most of
         that is needed (off on a GPU); "off".
@@ -81,7 +81,7 @@ class CacheConfig:
     budget: str = "auto"
     policy: str | None = None
     io: str | None = None
-    threads: int | None = None
+    threads: int | str | None = None
     prefetch: str | None = None
     repack: str | None = None
     route_bias: float | None = None
@@ -131,9 +131,9 @@ class CacheStats:
     comes before them, and `remap_ns` the time from there to the launch, without `stall_ns`, while it is idle.
 
     With prefetch, of the `calls` before which experts were forecast (`forecasts`; for `forecasts_read` of them they
-    were also read ahead) `forecast_experts` is how many of these experts were in no slot, `forecast_used` how many of those
-    the call then needed, and `forecast_needed` how many it needed that were in no slot at the time of the forecast.
-    `forecast_ns` is the time that compute took for forecasts.
+    were also read ahead) `forecast_experts` is how many of these experts were in no slot, `forecast_used` how many of
+    those the call then needed, and `forecast_needed` how many it needed that were in no slot at the time of the
+    forecast. `forecast_ns` is the time that compute took for forecasts.
     """
 
     calls: int

@@ -15,7 +15,8 @@
 //   expert_cache.budget   str  "880MiB" (bytes for slots and metadata), "16s" (slots per layer), "auto", "off"
 //   expert_cache.policy   str  "next-use", "lfu" (decayed frequency) or "lru"
 //   expert_cache.io       str  "auto", "direct" (O_DIRECT), "mmap" (through the page cache)
-//   expert_cache.threads  int  reader threads
+//   expert_cache.threads  int  reader threads; str "auto": as many as the storage wants, found by reading at the first load and
+//                              remembered in ~/.cache/remoe-edge
 //   expert_cache.prefetch str  "off", "router" (read ahead what the next layer's router would choose), "auto" (in layers, and
 //                              as long as, most of that is needed; off on a GPU)
 //   expert_cache.repack   str  "auto", "on", "off"

@@ -1,6 +1,7 @@
 #include "llama-experts.h"
 
 #include "llama-expert-cache.h"
+#include "llama-expert-probe.h"
 #include "llama-expert.h"
 
 #include "llama-hparams.h"
@@ -60,10 +61,11 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
             res.io = value == "auto" ? LLAMA_EXPERT_IO_AUTO : value == "direct" ? LLAMA_EXPERT_IO_DIRECT
                                                                                 : LLAMA_EXPERT_IO_MMAP;
         } else if (key == "expert_cache.threads") {
-            if (kv.tag != LLAMA_KV_OVERRIDE_TYPE_INT || kv.val_i64 < 1 || kv.val_i64 > 64) {
-                throw std::runtime_error("expert_cache.threads must be an integer from 1 to 64");
+            const bool automatic = kv.tag == LLAMA_KV_OVERRIDE_TYPE_STR && override_str(kv) == "auto";
+            if (!automatic && (kv.tag != LLAMA_KV_OVERRIDE_TYPE_INT || kv.val_i64 < 1 || kv.val_i64 > 64)) {
+                throw std::runtime_error("expert_cache.threads must be auto or an integer from 1 to 64");
             }
-            res.n_threads = kv.val_i64;
+            res.n_threads = automatic ? 0 : kv.val_i64;
         } else if (key == "expert_cache.repack") {
             const std::string value = override_str(kv);
             if (value != "auto" && value != "on" && value != "off") {
@@ -417,6 +419,10 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
         find_choosers(hparams);
     }
 
+    if (config.n_threads == 0) {
+        config.n_threads = fits(n_range) ? llama_expert_config::N_THREADS : find_n_threads(groups);
+    }
+
     cache = std::make_unique<llama_expert_cache>(*files, std::move(groups), config.policy, config.n_threads,
         [this, repack_fn](int group, int tensor, const uint8_t * src, uint8_t * dst) { repack_fn(tensors[group][tensor], src, dst); });
 
@@ -451,6 +457,55 @@ bool llama_experts::fits(size_t n_bytes) const {
     const budget_spec spec = parse_budget(config.budget);
 
     return spec.n_slots > 0 ? spec.n_slots >= n_expert_max : spec.bytes >= n_bytes;
+}
+
+// how many readers the storage of the experts wants: as remembered, else found by reading; the default where that says nothing
+int llama_experts::find_n_threads(const std::vector<llama_expert_group_desc> & groups) const {
+    const int file = groups[0].tensors[0].file;
+    if (files->in_memory(file)) {
+        return llama_expert_config::N_THREADS;
+    }
+    llama_expert_readers found;
+    size_t               size = 0, n_room = 0;
+    for (const auto & g : groups) {
+        for (const auto & t : g.tensors) {
+            size = std::max(size, t.size);
+            n_room += std::min(g.n_expert_used, g.n_expert) * t.size; // what the slots will take at least
+        }
+    }
+    found.device = files->device(file);
+    found.io     = llama_expert_io_mode_name(files->mode());
+    for (found.size = 4096; found.size < size;) {
+        found.size *= 2;
+    }
+
+    const std::string path    = llama_expert_readers_path();
+    auto              entries = llama_expert_readers_read(path);
+    for (const auto & e : entries) {
+        if (e.device == found.device && e.io == found.io && e.size == found.size) {
+            LLAMA_LOG_INFO("%s: expert cache: %d reader threads, as was found earlier on this device (%d MB/s; remove %s to look again)\n", __func__, e.n, e.mb_per_s, path.c_str());
+            return e.n;
+        }
+    }
+
+    const int64_t t_start = ggml_time_us();
+    const auto    rates   = llama_expert_readers_measure(*files, groups, n_room);
+    found.n               = llama_expert_readers_choose(rates);
+    if (found.n == 0) {
+        return llama_expert_config::N_THREADS;
+    }
+    std::string text;
+    for (const auto & [n, rate] : rates) {
+        text += format("%s%d: %.0f", text.empty() ? "" : ", ", n, rate / 1e6);
+        found.mb_per_s = n == found.n ? std::min(rate / 1e6, 1e6) : found.mb_per_s;
+    }
+    LLAMA_LOG_INFO("%s: expert cache: %d reader threads, found in %.0f ms (threads: MB/s; %s)\n", __func__, found.n, (ggml_time_us() - t_start) / 1e3, text.c_str());
+
+    entries.push_back(found);
+    if (const std::string err = llama_expert_readers_write(path, entries); !err.empty()) {
+        LLAMA_LOG_INFO("%s: expert cache: that is not remembered, %s: %s\n", __func__, path.c_str(), err.c_str());
+    }
+    return found.n;
 }
 
 // Checksums are taken when the slots are allocated: that reads the experts once, which can take a while.

@@ -23,10 +23,12 @@ struct llama_model_loader;
 // The experts of one model that live in a cache: connects the loader, the MUL_MAT_ID of ggml-cpu or ggml-cuda and the cache.
 
 struct llama_expert_config {
+    static constexpr int N_THREADS = 4; // storage is busy from a queue depth of 4, see docs/performance.md
+
     std::string          budget    = "off"; // as the user wrote it
     llama_expert_policy  policy    = LLAMA_EXPERT_POLICY_NEXT_USE;
     llama_expert_io_mode io        = LLAMA_EXPERT_IO_AUTO;
-    int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
+    int                  n_threads = N_THREADS; // 0: as many as the storage wants
     bool                 verify    = false; // compare every read with a checksum taken at load
 
     enum { PREFETCH_OFF,
@@ -127,6 +129,7 @@ private:
     size_t n_range = 0;
 
     bool fits(size_t n_bytes) const;
+    int  find_n_threads(const std::vector<llama_expert_group_desc> & groups) const;
     void verify();
     void check_gpu(ggml_tensor * weight) const;
     void allocate(int n_slots);

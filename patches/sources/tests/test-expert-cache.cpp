@@ -2,15 +2,18 @@
 
 #include "../src/llama-expert-bias.h"
 #include "../src/llama-expert-forecast.h"
+#include "../src/llama-expert-probe.h"
 #include "../src/llama-expert-warm.h"
 
 #include "test-expert-file.h"
 
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <sys/stat.h>
 
@@ -373,6 +376,109 @@ static void test_hot_set() {
     rmdir(path.c_str());
 }
 
+static void test_readers_file() {
+    typedef std::vector<llama_expert_readers> entries;
+
+    const std::string folder = "test-expert-cache-" + std::to_string(getpid()) + ".dir";
+    const std::string path   = folder + "/in/readers.txt";
+    const entries     wanted = {
+        { 66306, "direct", 2097152, 4,  2870 },
+        { 7,     "mmap",   4096,    16, 0    }
+    };
+    const auto same = [](const entries & a, const entries & b) {
+        return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto & x, const auto & y) {
+            return x.device == y.device && x.io == y.io && x.size == y.size && x.n == y.n && x.mb_per_s == y.mb_per_s;
+        });
+    };
+    assert(llama_expert_readers_read(path).empty() && llama_expert_readers_read("").empty());
+    assert(!llama_expert_readers_write("", wanted).empty());
+    assert(!llama_expert_readers_write("/proc/no/readers.txt", wanted).empty());
+    assert(llama_expert_readers_write(path, wanted).empty());
+
+    const std::string text = get(path);
+    assert(text == "remoe-edge readers 1\n66306 direct 2097152 4 2870\n7 mmap 4096 16 0\nend\n");
+    assert(same(llama_expert_readers_read(path), wanted));
+
+    // cut off anywhere: nothing; with anything changed: nothing, or entries within bounds
+    std::mt19937 rng(2);
+    for (size_t n = 0; n < text.size(); n++) {
+        put(path, text.substr(0, n));
+        assert(llama_expert_readers_read(path).empty());
+    }
+    for (int i = 0; i < 2000; i++) {
+        std::string other = text;
+        for (int k = 0; k < 1 + i % 3; k++) {
+            const char c = i % 2 ? (char) rng() : "0123456789 \n-"[rng() % 13];
+            switch (rng() % 3) {
+                case 0: other[rng() % other.size()] = c; break;
+                case 1: other.insert(rng() % other.size(), 1, c); break;
+                case 2: other.erase(rng() % other.size(), 1); break;
+            }
+        }
+        put(path, other);
+        for (const auto & e : llama_expert_readers_read(path)) {
+            assert((e.io == "direct" || e.io == "mmap") && (e.n == 1 || e.n == 2 || e.n == 4 || e.n == 8 || e.n == 16));
+            assert(e.size <= 1ull << 40 && e.mb_per_s >= 0 && e.mb_per_s <= 1000000);
+        }
+    }
+    for (const std::string bad : { "1 direct 1 3 1", "1 direct 1 32 1", "1 tape 1 4 1", "99999999999999999999 mmap 1 4 1", "1 mmap 1 4 1 ", "-1 mmap 1 4 1", "1 mmap 1 4", "1  1 4 1", "" }) {
+        put(path, "remoe-edge readers 1\n" + bad + "\nend\n");
+        assert(llama_expert_readers_read(path).empty());
+    }
+
+    // the file does not grow for ever: the newest stay
+    entries many;
+    for (int i = 0; i < 100; i++) {
+        many.push_back({ (uint64_t) i, "mmap", 4096, 1, i });
+    }
+    assert(llama_expert_readers_write(path, many).empty());
+    const auto kept = llama_expert_readers_read(path);
+    assert(kept.size() == 64 && kept.front().device == 36 && kept.back().device == 99);
+
+    unlink(path.c_str());
+    rmdir((folder + "/in").c_str());
+    rmdir(folder.c_str());
+
+    // the smallest within 5 %
+    typedef std::vector<std::pair<int, double>> rates;
+    assert(llama_expert_readers_choose({}) == 0);
+    assert(llama_expert_readers_choose(rates{ { 1, 100 }, { 2, 190 }, { 4, 290 }, { 8, 300 }, { 16, 280 } }) == 4);
+    assert(llama_expert_readers_choose(rates{ { 1, 100 }, { 2, 99 }, { 4, 104 } }) == 1);
+    assert(llama_expert_readers_choose(rates{ { 1, 100 }, { 2, 200 }, { 4, 400 } }) == 4);
+    assert(llama_expert_readers_choose(rates{ { 1, 0 } }) == 0);
+}
+
+// storage that serves one read at a time wants few readers, storage that serves many wants many
+static void test_readers_probe(const test_file & file, llama_expert_io_mode io) {
+    std::mutex one;
+    const auto rates = [&](bool serial, size_t n_room) {
+        const llama_expert_files files({ file.fd }, io, [&](int fd, void * dst, size_t size, off_t offs) {
+            std::unique_lock<std::mutex> lock(one, std::defer_lock);
+            if (serial) {
+                lock.lock();
+            }
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+            return pread(fd, dst, size, offs);
+        });
+        assert(files.device(0) != 0);
+        return llama_expert_readers_measure(files, file.groups, n_room);
+    };
+    const size_t room = 64 << 20;
+
+    int best = 0; // of a few tries: other load on the machine may spoil one
+    for (int i = 0; i < 5 && best < 8; i++) {
+        best = std::max(best, llama_expert_readers_choose(rates(false, room)));
+    }
+    assert(best >= 8);
+    const auto serial = rates(true, room);
+    assert(serial.front().first == 1 && serial.back().second < 2 * serial.front().second);
+    assert(rates(false, 0).size() == 1); // no room for more
+
+    // a read that fails says nothing about storage
+    const llama_expert_files broken({ file.fd }, io, [](int, void *, size_t, off_t) -> ssize_t { errno = EIO; return -1; });
+    assert(llama_expert_readers_measure(broken, file.groups, room).empty());
+}
+
 static void test_forecast() {
     // expert e looks at dimension e; the second norm doubles dimension 2
     const int          n = 32;
@@ -733,12 +839,14 @@ int main() {
     test_judge();
     test_bias();
     test_hot_set();
+    test_readers_file();
     for (const auto io : { LLAMA_EXPERT_IO_DIRECT, LLAMA_EXPERT_IO_MMAP }) {
         for (const bool aligned : { false, true }) {
             test_file file(aligned);
 
             printf("%s, %s\n", llama_expert_io_mode_name(io), aligned ? "aligned" : "not aligned");
             test_budget(file, io);
+            test_readers_probe(file, io);
             test_decode(file, io);
             test_ahead(file, io);
             test_ahead_fault(file, io);
