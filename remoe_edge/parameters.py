@@ -29,7 +29,7 @@ warm_option = click.option(
 
 def _reader_threads(text: str) -> int | str:
     """click's `type` of a number of reader threads, or "auto"."""
-    return text if text == "auto" else int(click.IntRange(1, 64).convert(text, None, None))
+    return text if text == "auto" else int(click.IntRange(1, 64)(text))
 
 
 cache_threads_option = click.option(
