@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+from llama_tools import completion
 from small_twin import EXPERTS, STEPS, write_small_twin
+from tiny_models import write_tiny_model
 
 from remoe_edge.errors import RemoeError
 from remoe_edge.routing.twin import step_token
+from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import CacheConfig, open_model
 
 pytestmark = pytest.mark.runtime
@@ -101,3 +104,21 @@ def test_a_folder_that_takes_no_file_is_no_error(twin: Path, tmp_path: Path, mon
 def test_what_is_no_number_of_threads(twin: Path, value: int | str) -> None:
     with pytest.raises(RemoeError, match="must be auto or an integer from 1 to 64"):
         threads(twin, CacheConfig("4s", threads=value))
+
+
+def test_flags_of_llama_cpps_tools(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_model(path, "qwen3moe", quant="Q4_0", n_expert=16, k=2, n_layer=3, seed=1)
+    own = {"REMOE_EDGE_CACHE": str(tmp_path / "cache"), "REMOE_EDGE_RUNTIMES": str(ensure_runtime().root.parent)}
+    flags = ("--no-repack", "--expert-cache", "4s")
+    plain = completion(path, *flags)
+    found = completion(path, *flags, "--expert-cache-threads", "auto", "--expert-prefetch", "auto", env=own)
+    again = completion(path, *flags, env={**own, "LLAMA_ARG_EXPERT_CACHE_THREADS": "auto"})
+    assert plain.returncode == found.returncode == again.returncode == 0, found.stderr
+    assert plain.stdout == found.stdout == again.stdout
+    assert "reader threads, found in" in found.stderr
+    assert "prefetch auto" in found.stderr
+    assert "as was found earlier on this device" in again.stderr
+    wrong = completion(path, *flags, "--expert-cache-threads", "many")
+    assert wrong.returncode != 0
+    assert "--expert-cache-threads is a number or auto, not 'many'" in wrong.stderr + wrong.stdout
