@@ -56,6 +56,19 @@ gpu_layers_option = click.option(
 )
 
 
+def _reader_threads(text: str) -> int | str:
+    """click's `type` of a number of reader threads, or "auto"."""
+    return text if text == "auto" else int(click.IntRange(1, 64)(text))
+
+
+cache_threads_option = click.option(
+    "--cache-threads",
+    metavar="N|auto",
+    type=_reader_threads,
+    help="Reader threads; auto: found by reading at the first load, and remembered for the drive. [default: 4]",
+)
+
+
 def cache_options(command: _Command) -> _Command:
     """Options of one expert cache: budget, policy, io, prefetch, cache_threads, verify, warm."""
     options = (
@@ -73,9 +86,10 @@ def cache_options(command: _Command) -> _Command:
         click.option(
             "--prefetch",
             type=click.Choice(PREFETCHES),
-            help="Read ahead what the next layer's router would choose now. [default: off]",
+            help="Read ahead what the next layer's router would choose now: always (router), or in layers where most "
+            "of it is needed (auto). [default: off]",
         ),
-        click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]"),
+        cache_threads_option,
         verify_option,
         warm_option,
     )

@@ -346,6 +346,7 @@ struct scenario {
     const char *                    name;
     int                             n_groups, n_expert, n_slots, n_readers, n_threads, n_failures, n_cuts;
     std::vector<std::vector<graph>> contexts;
+    bool                            judged = false; // names are judged, by a judge that is about to change its mind
 };
 
 // sees what is private
@@ -414,7 +415,8 @@ struct llama_expert_cache_explorer {
             add(c.pos);
         }
         for (const auto & g : cache->groups) {
-            all(g.order), all(g.slot_of), all(g.expert_of), all(g.ahead), all(g.needed), all(g.slot), all(g.misses), all(g.ring);
+            all(g.order), all(g.slot_of), all(g.expert_of), all(g.ahead), all(g.names), all(g.absent), all(g.needed), all(g.slot), all(g.misses), all(g.ring);
+            add(g.named), add(g.judge.precision * 1e6), add(g.judge.n_judged), add(g.judge.n_skipped), add(g.judge.pays);
             add(g.n_loading), add(g.n_ahead), add(g.dirty), add(g.n_ops), add(g.tensors_done), add(g.streamed);
             for (const auto & t : g.tensors) {
                 add(t.n_issued);
@@ -466,7 +468,9 @@ struct llama_expert_cache_explorer {
             failed = false; // of an earlier call
             if (!call.ahead.empty()) {
                 E.current->at({ ic, i, -2 });
-                cache->read_ahead(call.group, call.ahead);
+                if (!s.judged || cache->wants_ahead(call.group)) {
+                    cache->read_ahead(call.group, call.ahead);
+                }
             }
             for (int it = 0; it < N_TENSORS; it++) {
                 E.current->at({ ic, i, it, -3 });
@@ -517,6 +521,12 @@ struct llama_expert_cache_explorer {
         const llama_expert_files files({}, LLAMA_EXPERT_IO_DIRECT);
         llama_expert_cache       c(files, groups, LLAMA_EXPERT_POLICY_LRU, s.n_readers);
         c.allocate(s.n_slots);
+        if (s.judged) {
+            c.judging = true;
+            for (auto & g : c.groups) {
+                g.judge = { 0.59f, llama_expert_judge::N_LEAST, llama_expert_judge::EVERY - 1, false };
+            }
+        }
         cache = &c;
 
         struct forget {
@@ -544,6 +554,7 @@ int main() {
         { "streams, 2 threads",         1, 3, 2, 1, 2, 0, 0, { { { 0, { 0, 1, 2 }, 1, {} }, { 0, { 1 }, 1, {} } } }                            },
         { "streams, failures and cuts", 1, 3, 2, 2, 1, 1, 1, { { { 0, { 0, 1, 2 }, 1, {} }, { 0, { 1 }, 1, {} }, { 0, { 2, 1, 0 }, 1, {} } } } },
         { "reading ahead",              1, 3, 2, 2, 1, 1, 0, { { { 0, { 0 }, 1, { 1 } }, { 0, { 1 }, 1, { 2 } }, { 0, { 0, 1, 2 }, 1, {} } } } },
+        { "reading ahead, judged",      1, 4, 2, 2, 1, 1, 0, { { { 0, { 0 }, 1, { 0 } }, { 0, { 1 }, 1, { 2 } }, { 0, { 1 }, 1, { 3 } }, { 0, { 0 }, 1, { 0 } } } }, true },
         { "two contexts",               2, 3, 2, 2, 1, 0, 0, { { { 0, { 0 }, 1, {} }, { 1, { 1 }, 1, {} } }, { { 0, { 2 }, 1, { 1 } } } }      },
     };
     setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);

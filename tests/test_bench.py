@@ -30,7 +30,7 @@ from remoe_edge.measure.cgroup import CgroupUnavailableError, memory_group
 from remoe_edge.measure.demo import check_identical
 from remoe_edge.measure.rows import Row, add_limits, summarize, tpot_ns
 from remoe_edge.measure.watch import Watch
-from remoe_edge.measure.worker import DecodeFailedError, Job, decode_in_process
+from remoe_edge.measure.worker import DecodeFailedError, Job, LayerCounters, decode_in_process
 from remoe_edge.measure.workloads import Prompt, Workload, single_prompt
 from remoe_edge.runtime.build import ensure_runtime
 from remoe_edge.runtime.llama import CacheConfig
@@ -90,6 +90,26 @@ def test_a_row_of_one_run() -> None:
         "output_sha256": "a",
     }
     assert {key: row[key] for key in expected} == expected
+
+
+def test_forecasts_are_summed_over_runs() -> None:
+    assert RUN.decode is not None
+    none = summarize([record(RUN)])
+    names = ["forecast_precision", "forecast_recall", "layer_forecast_precision", "forecasts_read_share", "forecast_us"]
+    assert [none[name] for name in names] == [None] * 5
+    counted = replace(
+        RUN.decode,
+        forecasts=10,
+        forecasts_read=4,
+        forecast_experts=20,
+        forecast_used=12,
+        forecast_needed=16,
+        forecast_ns=30_000,
+    )
+    layers = LayerCounters([1, 2, 3], [0, 2, 0], [0, 15, 5], [0, 8, 4])
+    run = replace(RUN, decode=counted, layers=layers)
+    row = summarize([record(run), record(replace(run, decode=replace(counted, forecast_used=6)), repetition=1)])
+    assert [row[name] for name in names] == [18 / 40, 18 / 32, [None, 16 / 30, 8 / 10], 0.4, 3.0]
 
 
 def test_repetitions_are_summed_and_their_median_is_taken() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from remoe_edge.runtime.pin import patches_dir
 
-SOURCES = ("cache", "checksum", "io", "policy")
+SOURCES = ("cache", "checksum", "forecast", "io", "policy")
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])

@@ -58,7 +58,7 @@ class TestRefusals:
             load(model, CacheConfig("8s", policy="fifo"))
         with pytest.raises(RemoeError, match="unknown expert cache read mode 'tape', use auto, direct or mmap"):
             load(model, CacheConfig("8s", io="tape"))
-        with pytest.raises(RemoeError, match="unknown expert prefetch 'oracle', use router or off"):
+        with pytest.raises(RemoeError, match="unknown expert prefetch 'oracle', use auto, router or off"):
             load(model, CacheConfig("8s", prefetch="oracle"))
 
     def test_dense_model(self, tmp_path: Path) -> None:

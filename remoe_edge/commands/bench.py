@@ -18,7 +18,7 @@ from remoe_edge.measure.bench import bench
 from remoe_edge.measure.journal import journal_path, refuse_interrupted
 from remoe_edge.measure.rows import TPOT_FORMULA, Row
 from remoe_edge.measure.workloads import PACKAGED, Workload, load_workload, single_prompt
-from remoe_edge.parameters import gpu_layers_option, model_path, verify_option
+from remoe_edge.parameters import cache_threads_option, gpu_layers_option, model_path, verify_option
 from remoe_edge.power.find import SOURCES
 from remoe_edge.progress import stderr_progress
 from remoe_edge.report.labels import arm_name
@@ -96,7 +96,8 @@ _TABLE_WIDTH = 160
     "prefetches",
     multiple=True,
     type=click.Choice(PREFETCHES),
-    help="Read ahead what the next layer's router would choose now; may be repeated. [default: off]",
+    help="Read ahead what the next layer's router would choose now: always (router), or in layers where most of it is "
+    "needed (auto); may be repeated. [default: off]",
 )
 @click.option(
     "--route-bias",
@@ -113,7 +114,7 @@ _TABLE_WIDTH = 160
     type=click.IntRange(min=0),
     help=f"With --route-bias the router's own first N choices stay. [default: {DEFAULT_ROUTE_KEEP}]",
 )
-@click.option("--cache-threads", metavar="N", type=click.IntRange(1, 64), help="Reader threads. [default: 4]")
+@cache_threads_option
 @verify_option
 @click.option(
     "--expert-cache-warm",
@@ -167,7 +168,7 @@ def command(
     prefetches: tuple[str, ...],
     route_biases: tuple[float, ...],
     route_keep: int | None,
-    cache_threads: int | None,
+    cache_threads: int | str | None,
     verify: bool | None,
     warm: Path | None,
     page_cache: str,
@@ -271,9 +272,9 @@ def check_route_bias(biases: Sequence[float], keep: int | None, prefetches: Sequ
     """Refuse, before a model is loaded, what the runtime would refuse or what would have no effect."""
     if keep is not None and not biases:
         raise click.UsageError("--route-keep has no effect without --route-bias.")
-    if biases and "router" in prefetches:
+    if biases and set(prefetches) - {"off"}:
         raise click.UsageError(
-            "--route-bias and --prefetch router exclude each other: output would depend on how fast is read ahead."
+            "--route-bias and --prefetch exclude each other: output would depend on how fast is read ahead."
         )
 
 

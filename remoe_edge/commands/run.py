@@ -82,7 +82,7 @@ def command(
     prefetch: str | None,
     route_bias: float | None,
     route_keep: int | None,
-    cache_threads: int | None,
+    cache_threads: int | str | None,
     verify: bool | None,
     warm: str | None,
     threads: int | None,

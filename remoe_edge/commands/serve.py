@@ -120,7 +120,7 @@ def command(
     policy: str | None,
     io: str | None,
     prefetch: str | None,
-    cache_threads: int | None,
+    cache_threads: int | str | None,
     verify: bool | None,
     warm: str | None,
     repack: str | None,

@@ -68,7 +68,7 @@ class Options:
     prefetches: Sequence[str | None] = (None,)
     route_biases: Sequence[float | None] = (None,)
     route_keep: int | None = None
-    cache_threads: int | None = None
+    cache_threads: int | str | None = None
     verify_reads: bool = False
     warm: Path | None = None
     page_cache: str = "cold"

@@ -129,6 +129,7 @@ def summarize(records: Sequence[Record]) -> Row:
         else None,
         "hit_rate": sum(stats.hits for stats in decodes) / looked_up if looked_up else None,
         "layer_hit_rate": _layer_hit_rate(runs),
+        **_forecasts(runs),
         # The cache counts what it reads. Of the others the kernel knows what it fetched from storage for the process.
         "bytes_per_token": per_token(sum(stats.bytes_demand + stats.bytes_prefetch for stats in decodes))
         if decodes
@@ -178,6 +179,31 @@ def _layer_hit_rate(runs: Sequence[DecodeRun]) -> list[float | None] | None:
     hits = np.sum([each.hits for each in layers], axis=0)
     looked_up = hits + np.sum([each.misses for each in layers], axis=0)
     return [float(hit / total) if total else None for hit, total in zip(hits, looked_up, strict=True)]
+
+
+def _forecasts(runs: Sequence[DecodeRun]) -> Row:
+    """How good the forecasts of what a layer needs were; None where none were made. See `CacheStats`."""
+    decodes = [run.decode for run in runs if run.decode]
+
+    def total(name: str) -> int:
+        return sum(getattr(stats, name) for stats in decodes)
+
+    def share(part: str, whole: str) -> float | None:
+        return total(part) / total(whole) if total(whole) else None
+
+    layers = [run.layers for run in runs if run.layers and run.layers.forecast_experts]
+    named = np.sum([each.forecast_experts or [] for each in layers], axis=0) if layers else np.zeros(0)
+    used = np.sum([each.forecast_used or [] for each in layers], axis=0) if layers else np.zeros(0)
+    cost = share("forecast_ns", "forecasts")
+    return {
+        "forecast_precision": share("forecast_used", "forecast_experts"),
+        "forecast_recall": share("forecast_used", "forecast_needed"),
+        "layer_forecast_precision": [float(u / n) if n else None for u, n in zip(used, named, strict=True)]
+        if total("forecasts")
+        else None,
+        "forecasts_read_share": share("forecasts_read", "forecasts"),
+        "forecast_us": None if cost is None else cost / 1e3,
+    }
 
 
 def _common_hash(records: Sequence[Record], name: str) -> str | None:

@@ -115,10 +115,12 @@ class TokenCounters:
 
 @dataclass(frozen=True)
 class LayerCounters:
-    """Hits and misses of each MoE layer after the first token."""
+    """Of each MoE layer after the first token; as in `CacheStats`."""
 
     hits: list[int]
     misses: list[int]
+    forecast_experts: list[int] | None = None
+    forecast_used: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -334,7 +336,12 @@ def _token_counters(counters: list[_Counters]) -> TokenCounters:
 
 def _layer_counters(session: Session, n_layers: int) -> LayerCounters:
     layers = [stats for stats in map(session.stats, range(n_layers)) if stats]
-    return LayerCounters([stats.hits for stats in layers], [stats.misses for stats in layers])
+    return LayerCounters(
+        [stats.hits for stats in layers],
+        [stats.misses for stats in layers],
+        [stats.forecast_experts for stats in layers],
+        [stats.forecast_used for stats in layers],
+    )
 
 
 def _clock_cost_ns() -> float:

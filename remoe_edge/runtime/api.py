@@ -73,7 +73,7 @@ class Llama(llama_cpp.Llama):
         expert_cache: str | int = "auto",
         expert_cache_policy: str | None = None,
         expert_cache_io: str | None = None,
-        expert_cache_threads: int | None = None,
+        expert_cache_threads: int | str | None = None,
         expert_cache_repack: str | None = None,
         expert_prefetch: str | None = None,
         expert_cache_verify: bool | None = None,

@@ -17,10 +17,12 @@ from remoe_edge.gguf_io.layout import Layout, align
 
 READERS = 4
 """Reader threads that the runtime starts unless told otherwise."""
+MOST_READERS = 16
+"""Of those that it finds by reading ("auto")."""
 
 _PAGE = 4096
 _READER_STACK = 64 << 10
-_CACHE, _GROUP, _TENSOR, _SLICE, _REQUEST = 728, 432, 136, 12, 20
+_CACHE, _GROUP, _TENSOR, _SLICE, _REQUEST = 728, 568, 136, 12, 20
 _LRU, _LFU, _NEXT_USE, _MOMENT, _COUNT = 40, 72, 240, 48, 16
 _PAST, _PAIRS = 3, 512
 _VECTOR, _CHECKSUM = 24, 8
@@ -110,7 +112,7 @@ def cache_bytes(
         if checksums:
             total += len(group.slices) * (_VECTOR + group.experts * _CHECKSUM)
         own = min(slots, group.experts)
-        total += _GROUP + _policy_bytes(policy, group, own) + group.experts * 6 * 4 + own * 3 * 4
+        total += _GROUP + _policy_bytes(policy, group, own) + group.experts * 7 * 4 + own * 3 * 4
         for start, length in group.slices:
             total += _TENSOR + own * (_slot_bytes(start, length) + _SLICE + _REQUEST) + _PAGE
     return total

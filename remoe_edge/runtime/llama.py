@@ -35,7 +35,7 @@ POLICIES = ("next-use", "lfu", "lru")
 MAX_ROUTE_BIAS = 4.0
 DEFAULT_ROUTE_KEEP = 1
 READ_MODES = ("auto", "direct", "mmap")
-PREFETCHES = ("off", "router")
+PREFETCHES = ("off", "router", "auto")
 
 _LOG_ERROR, _LOG_CONTINUED = 4, 5  # enum ggml_log_level
 _LOG_LINES_KEPT = 200
@@ -62,9 +62,10 @@ class CacheConfig:
     io
         Read mode: "auto", "direct", "mmap".
     threads
-        Reader threads.
+        Reader threads; "auto": as many as the storage wants, found by reading at the first load and remembered.
     prefetch
-        "router": read ahead what the next layer's router would choose now; "off".
+        "router": read ahead what the next layer's router would choose now; "auto": in layers, and as long as, most of
+        that is needed (off on a GPU); "off".
     repack
         "on" or "off": use this CPU's repacked kernels; "auto": if the budget holds all experts.
     route_bias, route_keep
@@ -81,7 +82,7 @@ class CacheConfig:
     budget: str = "auto"
     policy: str | None = None
     io: str | None = None
-    threads: int | None = None
+    threads: int | str | None = None
     prefetch: str | None = None
     repack: str | None = None
     route_bias: float | None = None
@@ -129,6 +130,11 @@ class CacheStats:
 
     With experts on a GPU, `ids_ns` is the time until the router's ids were on the host, while the GPU computes what
     comes before them, and `remap_ns` the time from there to the launch, without `stall_ns`, while it is idle.
+
+    With prefetch, of the `calls` before which experts were forecast (`forecasts`; for `forecasts_read` of them they
+    were also read ahead) `forecast_experts` is how many of these experts were in no slot, `forecast_used` how many of
+    those the call then needed, and `forecast_needed` how many it needed that were in no slot at the time of the
+    forecast. `forecast_ns` is the time that compute took for forecasts.
     """
 
     calls: int
@@ -147,11 +153,27 @@ class CacheStats:
     """With `CacheConfig.verify`: reads that gave wrong bytes; each was made once more."""
     ids_ns: int = 0
     remap_ns: int = 0
+    forecasts: int = 0
+    forecasts_read: int = 0
+    forecast_experts: int = 0
+    forecast_used: int = 0
+    forecast_needed: int = 0
+    forecast_ns: int = 0
 
     @property
     def hit_rate(self) -> float | None:
         looked_up = self.hits + self.misses
         return self.hits / looked_up if looked_up else None
+
+    @property
+    def forecast_precision(self) -> float | None:
+        """Share of the experts forecast to be missed that the call needed."""
+        return self.forecast_used / self.forecast_experts if self.forecast_experts else None
+
+    @property
+    def forecast_recall(self) -> float | None:
+        """Share of the experts that a call would have missed that were forecast."""
+        return self.forecast_used / self.forecast_needed if self.forecast_needed else None
 
 
 class _Info(ctypes.Structure):

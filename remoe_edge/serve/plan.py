@@ -18,7 +18,7 @@ from remoe_edge.errors import RemoeError
 from remoe_edge.gguf_io.layout import Layout, align
 from remoe_edge.gguf_io.runnable import check_runnable
 from remoe_edge.measure.worker import process_memory
-from remoe_edge.runtime.budget import READERS, cache_bytes, expert_groups, least_slots, most_slots
+from remoe_edge.runtime.budget import MOST_READERS, READERS, cache_bytes, expert_groups, least_slots, most_slots
 from remoe_edge.runtime.build import Runtime
 from remoe_edge.runtime.gpu import Device, layers_on_gpu
 from remoe_edge.runtime.llama import POLICIES, CacheConfig, default_threads, load_model
@@ -340,7 +340,7 @@ class _Model:
             self._groups,
             min(slots, most_slots(self._groups)),
             cache.policy or POLICIES[0],
-            cache.threads or READERS,
+            MOST_READERS if cache.threads == "auto" else int(cache.threads or READERS),
             checksums=bool(cache.verify),
             repack=self._quantised and (cache.repack == "on" if repack is None else repack),
         )

@@ -43,6 +43,24 @@ void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, c
     kv.val_f64 = value;
 }
 
+void common_expert_cache_set_threads(std::vector<llama_model_kv_override> & overrides, const std::string & value) {
+    if (value == "auto") {
+        common_expert_cache_set(overrides, "threads", value);
+        return;
+    }
+    size_t  pos = 0;
+    int64_t n   = 0;
+    try {
+        n = std::stoll(value, &pos);
+    } catch (const std::exception &) {
+        pos = std::string::npos;
+    }
+    if (pos != value.size()) {
+        throw std::invalid_argument("--expert-cache-threads is a number or auto, not '" + value + "'\n");
+    }
+    common_expert_cache_set(overrides, "threads", n);
+}
+
 void common_expert_cache_from_env(std::vector<llama_model_kv_override> & overrides) {
     if (const char * value = std::getenv("LLAMA_ARG_EXPERT_CACHE")) {
         common_expert_cache_set(overrides, "budget", value);
@@ -70,7 +88,7 @@ void common_expert_cache_from_env(std::vector<llama_model_kv_override> & overrid
         }
     }
     if (const char * value = std::getenv("LLAMA_ARG_EXPERT_CACHE_THREADS")) {
-        common_expert_cache_set(overrides, "threads", (int64_t) std::stoll(value));
+        common_expert_cache_set_threads(overrides, value);
     }
 }
 

@@ -13,6 +13,9 @@ void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, c
 void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, const std::string & key, int64_t value);
 void common_expert_cache_set(std::vector<llama_model_kv_override> & overrides, const std::string & key, double value);
 
+// expert_cache.threads, "auto" or a number; throws std::invalid_argument
+void common_expert_cache_set_threads(std::vector<llama_model_kv_override> & overrides, const std::string & value);
+
 // the environment variables LLAMA_ARG_EXPERT_CACHE*, for tools without common_arg; none of them sets a route bias
 void common_expert_cache_from_env(std::vector<llama_model_kv_override> & overrides);
 

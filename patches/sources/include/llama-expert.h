@@ -15,8 +15,10 @@
 //   expert_cache.budget   str  "880MiB" (bytes for slots and metadata), "16s" (slots per layer), "auto", "off"
 //   expert_cache.policy   str  "next-use", "lfu" (decayed frequency) or "lru"
 //   expert_cache.io       str  "auto", "direct" (O_DIRECT), "mmap" (through the page cache)
-//   expert_cache.threads  int  reader threads
-//   expert_cache.prefetch str  "off", "router"
+//   expert_cache.threads  int  reader threads; str "auto": as many as the storage wants, found by reading at the first load and
+//                              remembered in ~/.cache/remoe-edge
+//   expert_cache.prefetch str  "off", "router" (read ahead what the next layer's router would choose), "auto" (in layers, and
+//                              as long as, most of that is needed; off on a GPU)
 //   expert_cache.repack   str  "auto", "on", "off"
 //   expert_cache.verify   str  "off", "on": compare every read with a checksum of the expert. They are taken when the slots
 //                              are allocated, by reading all experts once, and are 8 bytes for each slice
@@ -47,7 +49,7 @@ struct llama_expert_cache_info {
     const char * policy;        // "next-use", "lfu", "lru"
     const char * io;            // "direct", "mmap"
     const char * kernels;       // "plain": expert weights as they are in the file; "repack": in the layout of this CPU's kernels; "cuda"
-    const char * prefetch;      // "off", "router"
+    const char * prefetch;      // "off", "router", "auto"
     double       route_bias;    // 0: routing is the model's own, the output exact
     int32_t      route_keep;
     int32_t      verify;        // 1: reads are compared with checksums
@@ -72,6 +74,12 @@ struct llama_expert_cache_stats {
     uint64_t reads_wrong;         // with expert_cache.verify: reads that gave wrong bytes; they were made once more
     uint64_t ids_ns;              // on a GPU: time until the ids of the router were on the host, the GPU computes meanwhile
     uint64_t remap_ns;            // on a GPU: time from there to the launch without stall_ns, the GPU is idle meanwhile
+    uint64_t forecasts;           // with expert_cache.prefetch: evaluations before which their experts were forecast
+    uint64_t forecasts_read;      // of these, evaluations for which experts were read ahead
+    uint64_t forecast_experts;    // experts that were forecast and were in no slot
+    uint64_t forecast_used;       // of these, experts that the evaluation needed: used / experts is the precision,
+    uint64_t forecast_needed;     // experts that these evaluations needed and that were in no slot: used / needed the recall
+    uint64_t forecast_ns;         // time that compute took for forecasts
 };
 
 // false if the model has no expert cache; size is sizeof(*info), so that the struct can grow

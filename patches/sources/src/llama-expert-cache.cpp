@@ -122,7 +122,7 @@ size_t llama_expert_cache::bytes_for(int n_slots) const {
         const int n = std::min(n_slots, g.desc.n_expert);
 
         res += sizeof(g) + llama_expert_ranking::bytes(policy, g.desc.n_expert, g.desc.n_expert_used, n) +
-            g.desc.n_expert * 6 * sizeof(int) + n * 3 * sizeof(int);
+            g.desc.n_expert * 7 * sizeof(int) + n * 3 * sizeof(int);
         for (const auto & t : g.tensors) {
             res += sizeof(t) + n * (t.stride + sizeof(slice) + sizeof(request)) + LLAMA_EXPERT_IO_ALIGN;
         }
@@ -314,6 +314,29 @@ void llama_expert_cache::end_ahead(group & g, const std::vector<bool> & needed) 
     }
 }
 
+// the call has come: hold what was named before it against what it needs
+void llama_expert_cache::judge(group & g, const std::vector<bool> & needed) {
+    if (!g.named) {
+        return;
+    }
+    int n_used = 0, n_needed = 0;
+    for (const int expert : g.names) {
+        n_used += needed[expert];
+    }
+    for (int expert = 0; expert < g.desc.n_expert; expert++) {
+        n_needed += needed[expert] && g.absent[expert];
+    }
+    if (counting) {
+        g.counters.forecasts++;
+        g.counters.forecasts_read += !judging || g.judge.pays;
+        g.counters.forecast_experts += g.names.size();
+        g.counters.forecast_used += n_used;
+        g.counters.forecast_needed += n_needed;
+    }
+    g.judge.score(g.names.size(), n_used);
+    g.named = false;
+}
+
 // whether a read into the slot is queued or running
 bool llama_expert_cache::in_flight(const group & g, int slot) const {
     return std::any_of(g.tensors.begin(), g.tensors.end(), [slot](const tensor & t) { return t.slices[slot].state == SLICE_LOADING; });
@@ -373,6 +396,7 @@ void llama_expert_cache::start_call(std::unique_lock<std::mutex> & lock, int ig,
     for (const int expert : needed) {
         is_needed[expert] = true;
     }
+    judge(g, is_needed);
     end_ahead(g, is_needed);
 
     if (g.dirty || streamed) {
@@ -670,10 +694,25 @@ std::vector<bool> llama_expert_cache::resident(int ig) {
     return res;
 }
 
-void llama_expert_cache::read_ahead(int ig, std::vector<int> experts) {
+void llama_expert_cache::judge_ahead() {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    judging = true;
+}
+
+bool llama_expert_cache::wants_ahead(int ig) {
+    std::lock_guard<std::mutex> lock(mutex);
+
+    groups[ig].named = false; // by a graph that did not get to the call
+
+    return !judging || (!holds_all() && groups[ig].judge.wants());
+}
+
+void llama_expert_cache::read_ahead(int ig, std::vector<int> experts, uint64_t t_ns) {
     std::lock_guard<std::mutex> lock(mutex);
 
     group & g = groups[ig];
+    g.counters.forecast_ns += counting ? t_ns : 0;
     if (g.n_loading > 0 || (g.dirty && g.n_ahead > 0)) {
         return; // its last call failed
     }
@@ -689,7 +728,14 @@ void llama_expert_cache::read_ahead(int ig, std::vector<int> experts) {
         expected[expert] = true;
     }
     experts.erase(std::remove_if(experts.begin(), experts.end(), [&g](int e) { return g.slot_of[e] != -1; }), experts.end());
-    if (!experts.empty()) {
+
+    g.named = true;
+    g.names = experts;
+    g.absent.assign(g.desc.n_expert, false);
+    for (int e = 0; e < g.desc.n_expert; e++) {
+        g.absent[e] = g.slot_of[e] == -1;
+    }
+    if (!experts.empty() && (!judging || g.judge.pays)) {
         ahead = { ig, 0, std::move(experts), std::move(expected) };
         cv_work.notify_all();
     }
@@ -972,6 +1018,12 @@ llama_expert_counters llama_expert_cache::counters(int il) const {
         res.reads_wrong += c.reads_wrong;
         res.ids_ns += c.ids_ns;
         res.remap_ns += c.remap_ns;
+        res.forecasts += c.forecasts;
+        res.forecasts_read += c.forecasts_read;
+        res.forecast_experts += c.forecast_experts;
+        res.forecast_used += c.forecast_used;
+        res.forecast_needed += c.forecast_needed;
+        res.forecast_ns += c.forecast_ns;
     }
     return res;
 }

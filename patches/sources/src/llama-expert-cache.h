@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-expert-checksum.h"
+#include "llama-expert-forecast.h"
 #include "llama-expert-io.h"
 #include "llama-expert-memory.h"
 #include "llama-expert-policy.h"
@@ -44,6 +45,8 @@
 // demanded read waits, into slots that the last call of the layer did not use, so that the property above holds. A
 // slot is taken at the moment in which a read starts: what has not started when the call comes is forgotten, what has
 // started and is needed counts as a hit, an expert that is not whole and not needed gives its slot back.
+// What was named is held against what the call then needs. If the owner wants that (judge_ahead), only experts of a layer
+// whose names have been good are read; the others are held against the call all the same. A judgement moves no slot.
 //
 // Loading: before the first call the owner may name experts that are to be in slots. They are read in the order of the
 // file, when nothing is demanded or expected, into slots that are free; calls need not wait for the end of that. An
@@ -102,6 +105,13 @@ struct llama_expert_counters {
     uint64_t reads_wrong    = 0; // whose bytes had not the checksum of the expert
     uint64_t ids_ns         = 0; // experts on a device: until the ids of the router were on the host
     uint64_t remap_ns       = 0; // from there to the launch, without stall_ns
+
+    uint64_t forecasts        = 0; // calls before which read_ahead() was told what they would need
+    uint64_t forecasts_read   = 0; // of these, read ahead
+    uint64_t forecast_experts = 0; // experts that it was told of and that were in no slot
+    uint64_t forecast_used    = 0; // of these, what the call needed
+    uint64_t forecast_needed  = 0; // what these calls needed that was in no slot
+    uint64_t forecast_ns      = 0; // time that the owner took for it
 };
 
 class llama_expert_cache {
@@ -185,7 +195,14 @@ public:
     std::vector<bool> resident(int ig);
 
     // the experts that group ig will probably need at its next call, most likely first; the last word counts
-    void read_ahead(int ig, std::vector<int> experts);
+    // t_ns: what it took to find out, for the counters
+    void read_ahead(int ig, std::vector<int> experts, uint64_t t_ns = 0);
+
+    // from now on read ahead only what is probably needed indeed
+    void judge_ahead();
+
+    // to be asked once before every call of group ig: whether to find out what it will need
+    bool wants_ahead(int ig);
 
     // load these experts, [n_groups] the most valuable first, as many as there are free slots
     void load(const std::vector<std::vector<int>> & experts);
@@ -249,6 +266,11 @@ private:
         std::vector<int>  expert_of; // [n_slots],  -1: free
         std::vector<bool> ahead;     // [n_slots] taken for an expert that is read ahead of the next call
 
+        bool               named = false; // what the next call will need was named
+        std::vector<int>   names;         // of these experts, those in no slot
+        std::vector<bool>  absent;        // [n_expert] in no slot then
+        llama_expert_judge judge;
+
         std::unique_ptr<llama_expert_ranking> ranking;
 
         int  n_loading = 0;     // slices demanded, queued or being read
@@ -308,6 +330,8 @@ private:
 
     std::atomic<bool> counting{ true };
 
+    bool judging = false;
+
     std::vector<group> groups;
 
     std::mutex turn_mutex;
@@ -353,6 +377,7 @@ private:
     void start_call(std::unique_lock<std::mutex> & lock, int ig, const id_view & ids, std::vector<int> && needed);
     void touch(group & g, const id_view & ids);
     void end_ahead(group & g, const std::vector<bool> & needed);
+    void judge(group & g, const std::vector<bool> & needed);
     bool in_flight(const group & g, int slot) const;
     int  find_slot(const group & g, const std::vector<bool> & keep = {}) const;
     void place(group & g, int slot, int expert);

@@ -4,6 +4,27 @@
 #include <cmath>
 #include <numeric>
 
+bool llama_expert_judge::wants() {
+    if (pays || n_judged < N_LEAST || ++n_skipped >= EVERY) {
+        n_skipped = 0;
+        return true;
+    }
+    return false;
+}
+
+void llama_expert_judge::score(int n, int n_used) {
+    // one by one, those that were used evenly among the others
+    for (int i = 0; i < n; i++) {
+        const bool used = (i + 1) * n_used / n > i * n_used / n;
+
+        n_judged = std::min(n_judged + 1, (int32_t) (1 / RATE));
+        precision += (used - precision) * std::max(RATE, 1.0f / n_judged);
+    }
+    if (n_judged >= N_LEAST) {
+        pays = precision >= (pays ? STOPS : STARTS);
+    }
+}
+
 static float dot(const float * a, const float * b, int n) {
     constexpr int N_SUMS = 16; // independent sums, so that the compiler may use vectors
 

@@ -6,8 +6,10 @@
 
 #ifdef __linux__
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_READ
@@ -90,7 +92,11 @@ llama_expert_files::llama_expert_files(const std::vector<int> & fds, llama_exper
         if (file.fd < 0 || fstat(file.fd, &st) != 0) {
             throw std::runtime_error(file.name + ": " + strerror(errno));
         }
-        file.size = st.st_size;
+        file.size   = st.st_size;
+        file.device = st.st_dev;
+
+        struct statfs fs;
+        file.in_memory = fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 
         if (direct) {
             file.fd_direct = open(link.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <sys/types.h>
@@ -29,6 +30,8 @@ struct llama_expert_file {
     int         fd        = -1; // buffered
     int         fd_direct = -1; // O_DIRECT, -1 if the file system refuses it
     size_t      size      = 0;
+    uint64_t    device    = 0;     // st_dev
+    bool        in_memory = false; // tmpfs, ramfs
 };
 
 // The descriptors stay open as long as the model, so that a file that is renamed or unlinked is still read.
@@ -46,6 +49,9 @@ struct llama_expert_files {
     const std::string & name(int file) const { return files[file].name; }
 
     size_t size(int file) const { return files[file].size; }
+
+    uint64_t device(int file) const { return files[file].device; }
+    bool     in_memory(int file) const { return files[file].in_memory; }
 
     // Read [offs, offs + size) so that it starts at dst + offs % LLAMA_EXPERT_IO_ALIGN. dst is aligned and has room for
     // extent(offs, size) bytes. Safe to call from several threads.

@@ -1,5 +1,7 @@
 #include "llama-expert-warm.h"
 
+#include "llama-expert-text.h"
+
 #include <algorithm>
 #include <cerrno>
 #include <cinttypes>
@@ -7,8 +9,6 @@
 #include <cstring>
 
 #ifdef __linux__
-#include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 #endif
 
@@ -102,44 +102,11 @@ static std::string parse(const std::string & text, uint64_t model, const std::ve
 
 #ifdef __linux__
 
-// the first n_max bytes of a regular file; returns "" or what went wrong
-static std::string read_file(const std::string & path, size_t n_max, std::string & res, bool & missing) {
-    // not to be held up by a pipe
-    const int fd = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    missing      = fd < 0 && errno == ENOENT;
-    if (fd < 0) {
-        return strerror(errno);
-    }
-    std::string err;
-    struct stat st;
-    if (fstat(fd, &st) != 0) {
-        err = strerror(errno);
-    } else if (!S_ISREG(st.st_mode)) {
-        err = "it is not a regular file";
-    } else {
-        res.resize(std::min<size_t>(st.st_size, n_max));
-        size_t done = 0;
-        while (done < res.size()) {
-            const ssize_t n = read(fd, &res[done], res.size() - done);
-            if (n < 0 && errno == EINTR) {
-                continue;
-            }
-            if (n <= 0) {
-                err = n < 0 ? strerror(errno) : "it changed while it was read";
-                break;
-            }
-            done += n;
-        }
-    }
-    close(fd);
-    return err;
-}
-
 std::string llama_expert_hot_set_read(const std::string & path, uint64_t model, const std::vector<int> & n_experts, llama_expert_hot_set & res, bool & missing) {
     res = {};
 
     std::string text;
-    std::string err = read_file(path, SIZE_MAX_FILE, text, missing);
+    std::string err = llama_expert_text_read(path, SIZE_MAX_FILE, text, missing);
     if (err.empty()) {
         err = parse(text, model, n_experts, res);
     }
@@ -161,7 +128,7 @@ std::string llama_expert_hot_set_writable(const std::string & path) {
 std::string llama_expert_hot_set_write(const std::string & path, const llama_expert_hot_set & hot) {
     std::string       start;
     bool              missing;
-    const std::string err_start = read_file(path, MAGIC.size(), start, missing);
+    const std::string err_start = llama_expert_text_read(path, MAGIC.size(), start, missing);
     if (!missing && (!err_start.empty() || (!start.empty() && start != MAGIC))) {
         return "there is a file that is no hot set, it is left as it is";
     }
@@ -175,22 +142,7 @@ std::string llama_expert_hot_set_write(const std::string & path, const llama_exp
     }
     text += "end\n";
 
-    const std::string path_tmp = path + ".tmp-" + std::to_string(getpid());
-
-    FILE * file = fopen(path_tmp.c_str(), "wb");
-    if (!file) {
-        return strerror(errno);
-    }
-    bool ok         = fwrite(text.data(), 1, text.size(), file) == text.size() && fflush(file) == 0 && fsync(fileno(file)) == 0;
-    int  err        = errno;
-    ok              = fclose(file) == 0 && ok;
-    const bool done = ok && rename(path_tmp.c_str(), path.c_str()) == 0;
-    if (done) {
-        return "";
-    }
-    err = ok ? errno : err;
-    remove(path_tmp.c_str());
-    return strerror(err);
+    return llama_expert_text_write(path, text);
 }
 
 #else

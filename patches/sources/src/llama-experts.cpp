@@ -1,6 +1,7 @@
 #include "llama-experts.h"
 
 #include "llama-expert-cache.h"
+#include "llama-expert-probe.h"
 #include "llama-expert.h"
 
 #include "llama-hparams.h"
@@ -14,6 +15,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -59,10 +61,11 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
             res.io = value == "auto" ? LLAMA_EXPERT_IO_AUTO : value == "direct" ? LLAMA_EXPERT_IO_DIRECT
                                                                                 : LLAMA_EXPERT_IO_MMAP;
         } else if (key == "expert_cache.threads") {
-            if (kv.tag != LLAMA_KV_OVERRIDE_TYPE_INT || kv.val_i64 < 1 || kv.val_i64 > 64) {
-                throw std::runtime_error("expert_cache.threads must be an integer from 1 to 64");
+            const bool automatic = kv.tag == LLAMA_KV_OVERRIDE_TYPE_STR && override_str(kv) == "auto";
+            if (!automatic && (kv.tag != LLAMA_KV_OVERRIDE_TYPE_INT || kv.val_i64 < 1 || kv.val_i64 > 64)) {
+                throw std::runtime_error("expert_cache.threads must be auto or an integer from 1 to 64");
             }
-            res.n_threads = kv.val_i64;
+            res.n_threads = automatic ? 0 : kv.val_i64;
         } else if (key == "expert_cache.repack") {
             const std::string value = override_str(kv);
             if (value != "auto" && value != "on" && value != "off") {
@@ -72,10 +75,11 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
                                                                        : REPACK_OFF;
         } else if (key == "expert_cache.prefetch") {
             const std::string value = override_str(kv);
-            if (value != "off" && value != "router") {
-                throw std::runtime_error("unknown expert prefetch '" + value + "', use router or off");
+            if (value != "off" && value != "router" && value != "auto") {
+                throw std::runtime_error("unknown expert prefetch '" + value + "', use auto, router or off");
             }
-            res.prefetch = value == "router";
+            res.prefetch = value == "auto" ? PREFETCH_AUTO : value == "router" ? PREFETCH_ROUTER
+                                                                               : PREFETCH_OFF;
         } else if (key == "expert_cache.verify") {
             const std::string value = override_str(kv);
             if (value != "off" && value != "on") {
@@ -101,7 +105,7 @@ llama_expert_config llama_expert_config::from_overrides(const std::unordered_map
     if (res.route_bias > 0.0 && !res.enabled()) {
         throw std::runtime_error("a route bias prefers experts in the cache, and there is no expert cache: use it with --expert-cache");
     }
-    if (res.route_bias > 0.0 && res.prefetch) {
+    if (res.route_bias > 0.0 && res.prefetch != PREFETCH_OFF) {
         throw std::runtime_error("with a route bias what is read ahead would change the output, by how fast it is read: use it without --expert-prefetch");
     }
     if (res.route_bias == 0.0 && overrides.count("expert_cache.route_keep") > 0) {
@@ -283,7 +287,10 @@ void llama_experts::choose_device(const llama_model & model) {
     if (model.arch == LLM_ARCH_MISTRAL4) {
         throw std::runtime_error("the experts of this model need a precision that CUDA does not have: use the expert cache with --n-gpu-layers 0");
     }
-    if (config.prefetch) {
+    if (config.prefetch == llama_expert_config::PREFETCH_AUTO) {
+        config.prefetch = llama_expert_config::PREFETCH_OFF; // reading ahead needs the routers in the memory of the CPU
+    }
+    if (config.prefetch == llama_expert_config::PREFETCH_ROUTER) {
         throw std::runtime_error("expert prefetch needs the routers in the memory of the CPU: use --expert-prefetch with --n-gpu-layers 0");
     }
     if (config.repack == llama_expert_config::REPACK_ON) {
@@ -412,6 +419,10 @@ ggml_backend_buffer_t llama_experts::load(ggml_context * ctx, const llama_model_
         find_choosers(hparams);
     }
 
+    if (config.n_threads == 0) {
+        config.n_threads = fits(n_range) ? llama_expert_config::N_THREADS : find_n_threads(groups);
+    }
+
     cache = std::make_unique<llama_expert_cache>(*files, std::move(groups), config.policy, config.n_threads,
         [this, repack_fn](int group, int tensor, const uint8_t * src, uint8_t * dst) { repack_fn(tensors[group][tensor], src, dst); });
 
@@ -448,6 +459,55 @@ bool llama_experts::fits(size_t n_bytes) const {
     return spec.n_slots > 0 ? spec.n_slots >= n_expert_max : spec.bytes >= n_bytes;
 }
 
+// how many readers the storage of the experts wants: as remembered, else found by reading; the default where that says nothing
+int llama_experts::find_n_threads(const std::vector<llama_expert_group_desc> & groups) const {
+    const int file = groups[0].tensors[0].file;
+    if (files->in_memory(file)) {
+        return llama_expert_config::N_THREADS;
+    }
+    llama_expert_readers found;
+    size_t               size = 0, n_room = 0;
+    for (const auto & g : groups) {
+        for (const auto & t : g.tensors) {
+            size = std::max(size, t.size);
+            n_room += std::min(g.n_expert_used, g.n_expert) * t.size; // what the slots will take at least
+        }
+    }
+    found.device = files->device(file);
+    found.io     = llama_expert_io_mode_name(files->mode());
+    for (found.size = 4096; found.size < size;) {
+        found.size *= 2;
+    }
+
+    const std::string path    = llama_expert_readers_path();
+    auto              entries = llama_expert_readers_read(path);
+    for (const auto & e : entries) {
+        if (e.device == found.device && e.io == found.io && e.size == found.size) {
+            LLAMA_LOG_INFO("%s: expert cache: %d reader threads, as was found earlier on this device (%d MB/s; remove %s to look again)\n", __func__, e.n, e.mb_per_s, path.c_str());
+            return e.n;
+        }
+    }
+
+    const int64_t t_start = ggml_time_us();
+    const auto    rates   = llama_expert_readers_measure(*files, groups, n_room);
+    found.n               = llama_expert_readers_choose(rates);
+    if (found.n == 0) {
+        return llama_expert_config::N_THREADS;
+    }
+    std::string text;
+    for (const auto & [n, rate] : rates) {
+        text += format("%s%d: %.0f", text.empty() ? "" : ", ", n, rate / 1e6);
+        found.mb_per_s = n == found.n ? std::min(rate / 1e6, 1e6) : found.mb_per_s;
+    }
+    LLAMA_LOG_INFO("%s: expert cache: %d reader threads, found in %.0f ms (threads: MB/s; %s)\n", __func__, found.n, (ggml_time_us() - t_start) / 1e3, text.c_str());
+
+    entries.push_back(found);
+    if (const std::string err = llama_expert_readers_write(path, entries); !err.empty()) {
+        LLAMA_LOG_INFO("%s: expert cache: that is not remembered, %s: %s\n", __func__, path.c_str(), err.c_str());
+    }
+    return found.n;
+}
+
 // Checksums are taken when the slots are allocated: that reads the experts once, which can take a while.
 void llama_experts::verify() {
     const int64_t t_start = ggml_time_us();
@@ -479,7 +539,7 @@ void llama_experts::allocate(int n_slots) {
         n_slots, cache->n_slots_max(), cache->n_groups(), cache->bytes_for(n_slots) / MiB, budget / MiB, config.budget.c_str(),
         cache->bytes_floor() / MiB, cache->bytes_experts() / MiB);
     LLAMA_LOG_INFO("%s: expert cache: policy %s, %s reads with %d threads, prefetch %s, %s kernels%s\n", __func__,
-        llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads, config.prefetch ? "router" : "off",
+        llama_expert_policy_name(config.policy), llama_expert_io_mode_name(files->mode()), config.n_threads, prefetch_name(),
         kernels(), cache->verifies() ? ", reads verified" : "");
     if (memory) {
         LLAMA_LOG_INFO("%s: expert cache: slots in %s%s\n", __func__, memory->description(),
@@ -591,7 +651,7 @@ void llama_experts::write_hot_set() {
 }
 
 void llama_experts::on_context(const llama_model & model, size_t n_compute) {
-    if (config.prefetch && routers.empty()) {
+    if (config.prefetch != llama_expert_config::PREFETCH_OFF && routers.empty()) {
         find_routers(model);
     }
     if (cache->n_slots() > 0) {
@@ -650,8 +710,49 @@ void llama_experts::find_routers(const llama_model & model) {
         n_found += router.weight != nullptr;
         routers.push_back(router);
     }
+    if (n_found < 2 && config.prefetch == llama_expert_config::PREFETCH_AUTO) {
+        LLAMA_LOG_INFO("%s: expert cache: prefetch off, this model has no routers that it can use\n", __func__);
+        config.prefetch = llama_expert_config::PREFETCH_OFF;
+        routers.clear();
+        return;
+    }
     if (n_found < 2) {
         throw std::runtime_error("expert prefetch finds no routers that it can use in this model: load it without --expert-prefetch");
+    }
+    if (config.prefetch == llama_expert_config::PREFETCH_AUTO) {
+        cache->judge_ahead();
+    }
+    if (const char * wrong = getenv("LLAMA_EXPERT_TEST_FORECAST_WRONG")) {
+        test_wrong = atof(wrong);
+        LLAMA_LOG_WARN("%s: expert cache: TEST: a share of %g of what is forecast is replaced by other experts\n", __func__, test_wrong);
+    }
+}
+
+const char * llama_experts::prefetch_name() const {
+    switch (config.prefetch) {
+        case llama_expert_config::PREFETCH_OFF: return "off";
+        case llama_expert_config::PREFETCH_ROUTER: return "router";
+        case llama_expert_config::PREFETCH_AUTO: return "auto";
+    }
+    return "unknown";
+}
+
+// for tests: a forecast of another precision
+void llama_experts::degrade(int group, std::vector<int> & experts) {
+    const auto here = cache->resident(group);
+
+    std::vector<int> others;
+    for (int e = 0; e < (int) here.size(); e++) {
+        if (!here[e] && std::find(experts.begin(), experts.end(), e) == experts.end()) {
+            others.push_back(e);
+        }
+    }
+    std::shuffle(others.begin(), others.end(), test_rng);
+    for (int & expert : experts) {
+        if (!here[expert] && !others.empty() && std::uniform_real_distribution<>()(test_rng) < test_wrong) {
+            expert = others.back();
+            others.pop_back();
+        }
     }
 }
 
@@ -667,7 +768,19 @@ void llama_experts::prefetch(int group, const ggml_tensor * input) {
     if (next == routers.end() || !is_usable(routers[group]) || !is_input || input->ne[0] != routers[group].n_embd) {
         return;
     }
-    cache->read_ahead(next - routers.begin(), llama_expert_forecast(routers[group], *next, (const float *) input->data, input->ne[2], input->nb[2] / sizeof(float)));
+    const int ig = next - routers.begin();
+    if (!cache->wants_ahead(ig)) {
+        return;
+    }
+    const int64_t t_start = ggml_time_us();
+
+    auto experts = llama_expert_forecast(routers[group], *next, (const float *) input->data, input->ne[2], input->nb[2] / sizeof(float));
+
+    const uint64_t t_ns = (ggml_time_us() - t_start) * 1000;
+    if (test_wrong > 0.0) {
+        degrade(ig, experts);
+    }
+    cache->read_ahead(ig, std::move(experts), t_ns);
 }
 
 //
@@ -806,7 +919,7 @@ bool llama_expert_cache_get_info(const llama_model * model, llama_expert_cache_i
     res.n_threads               = experts.config.n_threads;
     res.policy                  = llama_expert_policy_name(experts.config.policy);
     res.io                      = llama_expert_io_mode_name(experts.files->mode());
-    res.prefetch                = experts.config.prefetch ? "router" : "off";
+    res.prefetch                = experts.prefetch_name();
     res.kernels                 = experts.kernels();
     res.route_bias              = experts.config.route_bias;
     res.route_keep              = experts.config.route_bias > 0.0 ? experts.config.route_keep : 0;
@@ -840,6 +953,12 @@ bool llama_expert_cache_get_stats(const llama_model * model, int32_t il, llama_e
     res.reads_wrong              = c.reads_wrong;
     res.ids_ns                   = c.ids_ns;
     res.remap_ns                 = c.remap_ns;
+    res.forecasts                = c.forecasts;
+    res.forecasts_read           = c.forecasts_read;
+    res.forecast_experts         = c.forecast_experts;
+    res.forecast_used            = c.forecast_used;
+    res.forecast_needed          = c.forecast_needed;
+    res.forecast_ns              = c.forecast_ns;
     memcpy(stats, &res, std::min(size, sizeof(res)));
 
     return true;

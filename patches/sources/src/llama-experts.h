@@ -11,6 +11,7 @@
 
 #include <memory>
 #include <mutex>
+#include <random>
 #include <string>
 #include <unordered_map>
 
@@ -22,12 +23,17 @@ struct llama_model_loader;
 // The experts of one model that live in a cache: connects the loader, the MUL_MAT_ID of ggml-cpu or ggml-cuda and the cache.
 
 struct llama_expert_config {
+    static constexpr int N_THREADS = 4; // storage is busy from a queue depth of 4, see docs/performance.md
+
     std::string          budget    = "off"; // as the user wrote it
     llama_expert_policy  policy    = LLAMA_EXPERT_POLICY_NEXT_USE;
     llama_expert_io_mode io        = LLAMA_EXPERT_IO_AUTO;
-    int                  n_threads = 4; // storage is busy from a queue depth of 4, see docs/performance.md
-    bool                 prefetch  = false; // read ahead what the next layer's router would choose
+    int                  n_threads = N_THREADS; // 0: as many as the storage wants
     bool                 verify    = false; // compare every read with a checksum taken at load
+
+    enum { PREFETCH_OFF,
+        PREFETCH_ROUTER,
+        PREFETCH_AUTO } prefetch = PREFETCH_OFF; // router: read ahead what the next layer's router would choose; auto: where that is right
 
     std::string warm; // file of the hot set: read at load, written when the model is freed; "": none
 
@@ -83,6 +89,9 @@ struct llama_experts {
     std::unique_ptr<llama_expert_cuda_memory> memory; // of slots for a GPU
     std::unique_ptr<llama_expert_cache>       cache;
 
+    // "off", "router" or "auto"
+    const char * prefetch_name() const;
+
     // which kernels compute the experts
     const char * kernels() const { return cuda ? "cuda" : cache->transforms() ? "repack"
                                                                               : "plain"; }
@@ -110,6 +119,9 @@ private:
 
     int n_expert_max = 0;
 
+    double       test_wrong = 0.0; // for tests: share of the forecast that is made wrong
+    std::mt19937 test_rng;
+
     const ggml_cuda_experts_i * cuda = nullptr; // set if experts are computed on the GPU
     ggml_backend_dev_t          gpu  = nullptr;
 
@@ -117,6 +129,7 @@ private:
     size_t n_range = 0;
 
     bool fits(size_t n_bytes) const;
+    int  find_n_threads(const std::vector<llama_expert_group_desc> & groups) const;
     void verify();
     void check_gpu(ggml_tensor * weight) const;
     void allocate(int n_slots);
@@ -126,6 +139,7 @@ private:
     void find_routers(const llama_model & model);
     void find_choosers(const llama_hparams & hparams);
     void prefetch(int group, const ggml_tensor * input);
+    void degrade(int group, std::vector<int> & experts);
 
     static void choose(ggml_tensor * dst, const ggml_tensor * scores, int ith, int nth, void * user);
     static void source_begin(void * user, const ggml_tensor * op, int n_threads);

@@ -2,15 +2,18 @@
 
 #include "../src/llama-expert-bias.h"
 #include "../src/llama-expert-forecast.h"
+#include "../src/llama-expert-probe.h"
 #include "../src/llama-expert-warm.h"
 
 #include "test-expert-file.h"
 
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <sys/stat.h>
 
@@ -373,6 +376,109 @@ static void test_hot_set() {
     rmdir(path.c_str());
 }
 
+static void test_readers_file() {
+    typedef std::vector<llama_expert_readers> entries;
+
+    const std::string folder = "test-expert-cache-" + std::to_string(getpid()) + ".dir";
+    const std::string path   = folder + "/in/readers.txt";
+    const entries     wanted = {
+        { 66306, "direct", 2097152, 4,  2870 },
+        { 7,     "mmap",   4096,    16, 0    }
+    };
+    const auto same = [](const entries & a, const entries & b) {
+        return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto & x, const auto & y) {
+            return x.device == y.device && x.io == y.io && x.size == y.size && x.n == y.n && x.mb_per_s == y.mb_per_s;
+        });
+    };
+    assert(llama_expert_readers_read(path).empty() && llama_expert_readers_read("").empty());
+    assert(!llama_expert_readers_write("", wanted).empty());
+    assert(!llama_expert_readers_write("/proc/no/readers.txt", wanted).empty());
+    assert(llama_expert_readers_write(path, wanted).empty());
+
+    const std::string text = get(path);
+    assert(text == "remoe-edge readers 1\n66306 direct 2097152 4 2870\n7 mmap 4096 16 0\nend\n");
+    assert(same(llama_expert_readers_read(path), wanted));
+
+    // cut off anywhere: nothing; with anything changed: nothing, or entries within bounds
+    std::mt19937 rng(2);
+    for (size_t n = 0; n < text.size(); n++) {
+        put(path, text.substr(0, n));
+        assert(llama_expert_readers_read(path).empty());
+    }
+    for (int i = 0; i < 2000; i++) {
+        std::string other = text;
+        for (int k = 0; k < 1 + i % 3; k++) {
+            const char c = i % 2 ? (char) rng() : "0123456789 \n-"[rng() % 13];
+            switch (rng() % 3) {
+                case 0: other[rng() % other.size()] = c; break;
+                case 1: other.insert(rng() % other.size(), 1, c); break;
+                case 2: other.erase(rng() % other.size(), 1); break;
+            }
+        }
+        put(path, other);
+        for (const auto & e : llama_expert_readers_read(path)) {
+            assert((e.io == "direct" || e.io == "mmap") && (e.n == 1 || e.n == 2 || e.n == 4 || e.n == 8 || e.n == 16));
+            assert(e.size <= 1ull << 40 && e.mb_per_s >= 0 && e.mb_per_s <= 1000000);
+        }
+    }
+    for (const std::string bad : { "1 direct 1 3 1", "1 direct 1 32 1", "1 tape 1 4 1", "99999999999999999999 mmap 1 4 1", "1 mmap 1 4 1 ", "-1 mmap 1 4 1", "1 mmap 1 4", "1  1 4 1", "" }) {
+        put(path, "remoe-edge readers 1\n" + bad + "\nend\n");
+        assert(llama_expert_readers_read(path).empty());
+    }
+
+    // the file does not grow for ever: the newest stay
+    entries many;
+    for (int i = 0; i < 100; i++) {
+        many.push_back({ (uint64_t) i, "mmap", 4096, 1, i });
+    }
+    assert(llama_expert_readers_write(path, many).empty());
+    const auto kept = llama_expert_readers_read(path);
+    assert(kept.size() == 64 && kept.front().device == 36 && kept.back().device == 99);
+
+    unlink(path.c_str());
+    rmdir((folder + "/in").c_str());
+    rmdir(folder.c_str());
+
+    // the smallest within 5 %
+    typedef std::vector<std::pair<int, double>> rates;
+    assert(llama_expert_readers_choose({}) == 0);
+    assert(llama_expert_readers_choose(rates{ { 1, 100 }, { 2, 190 }, { 4, 290 }, { 8, 300 }, { 16, 280 } }) == 4);
+    assert(llama_expert_readers_choose(rates{ { 1, 100 }, { 2, 99 }, { 4, 104 } }) == 1);
+    assert(llama_expert_readers_choose(rates{ { 1, 100 }, { 2, 200 }, { 4, 400 } }) == 4);
+    assert(llama_expert_readers_choose(rates{ { 1, 0 } }) == 0);
+}
+
+// storage that serves one read at a time wants few readers, storage that serves many wants many
+static void test_readers_probe(const test_file & file, llama_expert_io_mode io) {
+    std::mutex one;
+    const auto rates = [&](bool serial, size_t n_room) {
+        const llama_expert_files files({ file.fd }, io, [&](int fd, void * dst, size_t size, off_t offs) {
+            std::unique_lock<std::mutex> lock(one, std::defer_lock);
+            if (serial) {
+                lock.lock();
+            }
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+            return pread(fd, dst, size, offs);
+        });
+        assert(files.device(0) != 0);
+        return llama_expert_readers_measure(files, file.groups, n_room);
+    };
+    const size_t room = 64 << 20;
+
+    int best = 0; // of a few tries: other load on the machine may spoil one
+    for (int i = 0; i < 5 && best < 8; i++) {
+        best = std::max(best, llama_expert_readers_choose(rates(false, room)));
+    }
+    assert(best >= 8);
+    const auto serial = rates(true, room);
+    assert(serial.front().first == 1 && serial.back().second < 2 * serial.front().second);
+    assert(rates(false, 0).size() == 1); // no room for more
+
+    // a read that fails says nothing about storage
+    const llama_expert_files broken({ file.fd }, io, [](int, void *, size_t, off_t) -> ssize_t { errno = EIO; return -1; });
+    assert(llama_expert_readers_measure(broken, file.groups, room).empty());
+}
+
 static void test_forecast() {
     // expert e looks at dimension e; the second norm doubles dimension 2
     const int          n = 32;
@@ -402,6 +508,122 @@ static void test_forecast() {
     next.choice  = choice.data();
     next.sigmoid = true;
     assert(llama_expert_forecast(cur, next, x.data(), 1, n)[0] == 9);
+}
+
+// a layer is read ahead as long as most of what is forecast for it is used
+static void test_judge() {
+    std::mt19937 rng(1);
+
+    const auto feed = [&rng](llama_expert_judge & judge, double precision, int n_calls) {
+        int n_wanted = 0, n_pays = 0;
+        for (int i = 0; i < n_calls; i++) {
+            if (judge.wants()) {
+                n_wanted++;
+                int n_used = 0;
+                for (int k = 0; k < 3; k++) {
+                    n_used += rng() % 1000 < precision * 1000;
+                }
+                n_pays += judge.pays;
+                judge.score(3, n_used);
+            }
+        }
+        return std::make_pair(n_wanted, n_pays);
+    };
+
+    // every forecast is made until there is a judgement; good ones are read ahead then, all of them
+    llama_expert_judge judge;
+    assert(feed(judge, 0.9, 100) == std::make_pair(100, 92) && judge.pays);
+    assert(judge.precision > 0.8f && judge.precision < 1.0f);
+
+    // it stops when they are bad, and most are not made any more
+    feed(judge, 0.2, 100);
+    assert(!judge.pays && judge.precision < 0.55f);
+    assert(feed(judge, 0.2, 800) == std::make_pair(100, 0));
+
+    // and comes back when they are good again
+    feed(judge, 0.95, 800);
+    assert(judge.pays);
+
+    // nothing to judge changes nothing
+    const float before = judge.precision;
+    judge.score(0, 0);
+    assert(judge.precision == before && judge.pays);
+
+    // just below what starts it, it does not start; just above what stops it, it does not stop
+    llama_expert_judge other;
+    for (int i = 0; i < 2000; i++) {
+        other.score(100, 58);
+        assert(!other.pays);
+    }
+    other.score(100, 100);
+    assert(other.pays);
+    for (int i = 0; i < 2000; i++) {
+        other.score(100, 58);
+        assert(other.pays);
+    }
+    other.score(100, 0);
+    assert(!other.pays);
+
+    // experts of a call count alike, in whatever order
+    llama_expert_judge one, many;
+    for (int i = 0; i < 60; i++) {
+        many.score(2, 1);
+        one.score(1, 0);
+        one.score(1, 1);
+    }
+    assert(std::abs(one.precision - many.precision) < 1e-6f && std::abs(many.precision - 0.5f) < 0.02f);
+}
+
+// with judge_ahead() good forecasts are read ahead and bad ones are not, and all are counted
+static void test_judged(const test_file & file, llama_expert_io_mode io) {
+    llama_expert_files files({ file.fd }, io);
+    llama_expert_cache cache(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 2);
+    cache.allocate(8);
+    cache.judge_ahead();
+
+    router route(1);
+    // layer 0: what is needed; layer 1: something else; layer 2: no forecast
+    uint64_t n_forecasts = 0, n_needed = 0;
+    for (int t = 0; t < 200; t++) {
+        for (int il = 0; il < N_LAYERS; il++) {
+            const auto ids    = route.token(il);
+            const auto here   = cache.resident(il);
+            const bool wanted = il < 2 && cache.wants_ahead(il);
+            if (wanted) {
+                std::vector<int> names(ids.begin(), ids.end());
+                if (il == 1) {
+                    names.clear();
+                    for (int e = 0; e < N_EXPERT && names.size() < K; e++) {
+                        if (std::find(ids.begin(), ids.end(), e) == ids.end()) {
+                            names.push_back(e);
+                        }
+                    }
+                } else {
+                    n_forecasts++;
+                    n_needed += std::count_if(ids.begin(), ids.end(), [&](int e) { return !here[e]; });
+                }
+                cache.read_ahead(il, names, 7);
+                if (t % 8 == 0) {
+                    std::this_thread::sleep_for(std::chrono::microseconds(500));
+                }
+            }
+            run_call(cache, file, il, ids, K, 1);
+        }
+    }
+    const auto good = cache.counters(0), bad = cache.counters(1), none = cache.counters(2);
+    assert(good.forecasts == 200 && n_forecasts == 200 && good.forecasts_read > 150 && good.forecasts_read < 200);
+    assert(good.forecast_used == good.forecast_experts && good.forecast_used == good.forecast_needed);
+    assert(good.forecast_needed == n_needed && good.forecast_ns == 1400 && good.bytes_ahead > 0 && good.bytes_used > 0);
+    assert(bad.forecasts > 20 && bad.forecasts < 60 && bad.forecasts_read == 0 && bad.bytes_ahead == 0);
+    assert(bad.forecast_used == 0 && bad.forecast_experts > 0 && bad.forecast_needed > 0);
+    assert(none.forecasts == 0 && none.forecast_experts == 0);
+
+    // where everything has a slot there is nothing to forecast
+    llama_expert_cache all(files, file.groups, LLAMA_EXPERT_POLICY_LRU, 2);
+    all.allocate(N_EXPERT);
+    assert(all.wants_ahead(0));
+    all.judge_ahead();
+    assert(!all.wants_ahead(0));
 }
 
 static void test_bias() {
@@ -614,17 +836,21 @@ int main() {
     setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
 
     test_forecast();
+    test_judge();
     test_bias();
     test_hot_set();
+    test_readers_file();
     for (const auto io : { LLAMA_EXPERT_IO_DIRECT, LLAMA_EXPERT_IO_MMAP }) {
         for (const bool aligned : { false, true }) {
             test_file file(aligned);
 
             printf("%s, %s\n", llama_expert_io_mode_name(io), aligned ? "aligned" : "not aligned");
             test_budget(file, io);
+            test_readers_probe(file, io);
             test_decode(file, io);
             test_ahead(file, io);
             test_ahead_fault(file, io);
+            test_judged(file, io);
             test_load(file, io);
             test_load_fault(file, io);
             test_prefill(file, io);

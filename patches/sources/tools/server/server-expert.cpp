@@ -115,6 +115,11 @@ std::string server_expert_metrics(const llama_model * model, const server_expert
         { "reads_total",          "Read requests",                                             &llama_expert_cache_stats::reads,          1    },
         { "bytes_demand_total",   "Bytes read because an evaluation needed them",              &llama_expert_cache_stats::bytes_demand,   1    },
         { "bytes_prefetch_total", "Bytes read ahead",                                          &llama_expert_cache_stats::bytes_prefetch, 1    },
+        { "forecasts_total",        "Evaluations before which their experts were forecast",      &llama_expert_cache_stats::forecasts,        1    },
+        { "forecasts_read_total",   "Of these, evaluations for which experts were read ahead",   &llama_expert_cache_stats::forecasts_read,   1    },
+        { "forecast_experts_total", "Experts that were forecast and were in no slot",            &llama_expert_cache_stats::forecast_experts, 1    },
+        { "forecast_used_total",    "Of these, experts that the evaluation needed",              &llama_expert_cache_stats::forecast_used,    1    },
+        { "forecast_needed_total",  "Experts that these evaluations needed and had no slot",     &llama_expert_cache_stats::forecast_needed,  1    },
         { "stall_seconds_total",  "Time that compute waited with no expert ready",             &llama_expert_cache_stats::stall_ns,       1e-9 },
         { "read_seconds_total",   "Sum over reader threads of the time spent in reads",        &llama_expert_cache_stats::read_ns,        1e-9 },
     };
