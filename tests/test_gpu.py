@@ -147,7 +147,7 @@ class TestOnThisRuntime:
     def test_refused(self, command: list[str]) -> None:
         result = CliRunner().invoke(cli, [*command, "-ngl", "all"])
         assert result.exit_code == 1
-        assert "--gpu-layers all: the runtime sees no GPU" in result.output
+        assert "--gpu-layers all: the runtime sees no GPU" in str(result.exception)
 
     def test_bench_says_why(self, tmp_path: Path) -> None:
         options = ["-p", "a", "-n", "2", "--budget", "8s", "--cool-down", "0", "-t", "1"]
