@@ -2,8 +2,8 @@
 
 Every change that a command makes to its folder is a place to kill it (before the call, or in the middle of a write) and
 to let it fail (a full disk from there on, a drive that fails). Tried are the first and the last call of each kind for
-each file, and of those a part where a run takes long; every call with REMOE_EVERY_FAULT=1, every third from the second on
-with REMOE_EVERY_FAULT=2/3. What was tried is printed (pytest -s).
+each file, and of those a part where a run takes long; every call with REMOE_EVERY_FAULT=1, every third from the second
+on with REMOE_EVERY_FAULT=2/3. What was tried is printed (pytest -s).
 """
 
 from __future__ import annotations
