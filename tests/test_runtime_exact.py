@@ -92,7 +92,7 @@ def test_logits_are_equal_to_the_bit(model: Path) -> None:
 
     ways = [
         *itertools.product(("direct", "mmap"), ("next-use", "lru"), [False], ["off"]),
-        ("direct", "lfu", False, "off"),
+        ("direct", "lfu", False, "auto"),
         ("direct", "next-use", True, "router"),
         ("mmap", "next-use", True, "off"),
     ]
