@@ -94,7 +94,7 @@ def test_logits_are_equal_to_the_bit(model: Path) -> None:
         *itertools.product(("direct", "mmap"), ("next-use", "lru"), [False], ["off"]),
         ("direct", "lfu", False, "auto"),
         ("direct", "next-use", True, "router"),
-        ("mmap", "next-use", True, "off"),
+        ("mmap", "lfu", True, "off"),
     ]
     for budget, (io, policy, repack, prefetch) in itertools.product(BUDGETS, ways):
         config = CacheConfig(f"{BUDGETS[budget]}s", policy, io, prefetch=prefetch, repack="on" if repack else None)
