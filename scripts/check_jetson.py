@@ -73,11 +73,12 @@ def missing(steps: Sequence[str]) -> str | None:
     return None
 
 
-def run(command: list[str], folder: str | None = None, **environment: str) -> str:
+def run(command: list[str], folder: str | None = None, quiet: bool = False, **environment: str) -> str:
     environment = {**os.environ, **environment}
-    result = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    errors = subprocess.PIPE if quiet else None
+    result = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
     if result.returncode != 0:
-        sys.stdout.write(result.stdout)
+        sys.stdout.write(result.stdout + (result.stderr or ""))
         sys.exit(f"failed ({result.returncode}): {' '.join(command)}")
     return result.stdout
 
@@ -122,7 +123,7 @@ class Check:
             command += ["-p", "Once upon a time", "-n", "16", "--temp", "0", "-no-cnv", "--no-repack"]
             command += ["--expert-cache", budget]
             # Patched or not, one run in twenty ends before its last line is written.
-            texts[budget] = next((text for _ in range(5) if (text := run(command)).endswith("\n")), "")
+            texts[budget] = next((text for _ in range(5) if (text := run(command, quiet=True)).endswith("\n")), "")
         assert len(texts["off"].split()) > 8, texts
         assert len(set(texts.values())) == 1, texts
         return f"{len(programs)} test programs passed; equal text without the cache, with 4 and 8 slots"
