@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from remoe_edge.demo_model import demo_gguf
@@ -73,10 +73,17 @@ def missing(steps: Sequence[str]) -> str | None:
     return None
 
 
-def run(command: list[str], folder: str | None = None, quiet: bool = False, **environment: str) -> str:
-    environment = {**os.environ, **environment}
-    errors = subprocess.PIPE if quiet else None
-    result = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+def run(
+    command: list[str], folder: str | None = None, quiet: bool = False, more: Mapping[str, str] | None = None
+) -> str:
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **(more or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if quiet else None,
+        text=True,
+    )
     if result.returncode != 0:
         sys.stdout.write(result.stdout + (result.stderr or ""))
         sys.exit(f"failed ({result.returncode}): {' '.join(command)}")
@@ -95,10 +102,10 @@ class Check:
         self.environment = {"CONTAINERS_STORAGE_CONF": str(storage)}
 
     def buildah(self, *arguments: str) -> str:
-        return run(["buildah", *arguments], **self.environment)
+        return run(["buildah", *arguments], more=self.environment)
 
     def remoe(self, *arguments: str) -> str:
-        return run([sys.executable, "-m", "remoe_edge", *arguments], **self.environment)
+        return run([sys.executable, "-m", "remoe_edge", *arguments], more=self.environment)
 
     def compile(self) -> str:
         runtime = ensure_runtime(BuildOptions(jobs=self.jobs, compiler=cross_compiler()))
