@@ -227,8 +227,11 @@ class Check:
         return output.strip().splitlines()[-1]
 
     def exact(self) -> str:
-        # The whole matrix takes five minutes for each of 25 models.
-        return self.pytest("/opt/tests/tests/test_runtime_exact.py", environment=("REMOE_SHORT_MATRIX=1",))
+        # Every architecture and every type: ten models of a minute and a half. All 25, not shortened, are two hours.
+        models = "Q4_0 or olmoe"
+        return self.pytest(
+            "/opt/tests/tests/test_runtime_exact.py", "-k", models, environment=("REMOE_SHORT_MATRIX=1",)
+        )
 
     def trace(self) -> str:
         return self.pytest("/opt/tests/tests/test_runtime_twin.py", "-k", "counters and lru-16 and direct")
