@@ -19,7 +19,7 @@
 // costs speed, nothing else.
 
 struct llama_expert_readers {
-    uint64_t    device   = 0;
+    uint64_t    device = 0;
     std::string io;        // "direct", "mmap"
     uint64_t    size     = 0; // of slices: a power of two
     int         n        = 0; // threads

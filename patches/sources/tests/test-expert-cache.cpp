@@ -442,10 +442,26 @@ static void test_readers_file() {
     // the smallest within 5 %
     typedef std::vector<std::pair<int, double>> rates;
     assert(llama_expert_readers_choose({}) == 0);
-    assert(llama_expert_readers_choose(rates{ { 1, 100 }, { 2, 190 }, { 4, 290 }, { 8, 300 }, { 16, 280 } }) == 4);
-    assert(llama_expert_readers_choose(rates{ { 1, 100 }, { 2, 99 }, { 4, 104 } }) == 1);
-    assert(llama_expert_readers_choose(rates{ { 1, 100 }, { 2, 200 }, { 4, 400 } }) == 4);
-    assert(llama_expert_readers_choose(rates{ { 1, 0 } }) == 0);
+    assert(llama_expert_readers_choose(rates{
+               { 1,  100 },
+               { 2,  190 },
+               { 4,  290 },
+               { 8,  300 },
+               { 16, 280 }
+    }) == 4);
+    assert(llama_expert_readers_choose(rates{
+               { 1, 100 },
+               { 2, 99  },
+               { 4, 104 }
+    }) == 1);
+    assert(llama_expert_readers_choose(rates{
+               { 1, 100 },
+               { 2, 200 },
+               { 4, 400 }
+    }) == 4);
+    assert(llama_expert_readers_choose(rates{
+               { 1, 0 }
+    }) == 0);
 }
 
 // storage that serves one read at a time wants few readers, storage that serves many wants many
@@ -581,7 +597,7 @@ static void test_judged(const test_file & file, llama_expert_io_mode io) {
     cache.allocate(8);
     cache.judge_ahead();
 
-    router route(1);
+    router   route(1);
     // layer 0: what is needed; layer 1: something else; layer 2: no forecast
     uint64_t n_forecasts = 0, n_needed = 0;
     for (int t = 0; t < 200; t++) {

@@ -106,22 +106,22 @@ std::string server_expert_metrics(const llama_model * model, const server_expert
         uint64_t llama_expert_cache_stats::* value;
         double                               scale;
     } counters[] = {
-        { "calls_total",          "Evaluations of the layer",                                  &llama_expert_cache_stats::calls,          1    },
-        { "calls_streamed_total", "Evaluations that needed more experts than there are slots", &llama_expert_cache_stats::calls_streamed, 1    },
-        { "hits_total",           "Distinct experts of an evaluation found in a slot",         &llama_expert_cache_stats::hits,           1    },
-        { "misses_total",         "Distinct experts of an evaluation read from storage",       &llama_expert_cache_stats::misses,         1    },
-        { "hits_prefetch_total",  "Of the hits, experts that were read ahead",                 &llama_expert_cache_stats::hits_prefetch,  1    },
-        { "evictions_total",      "Experts that lost their slot",                              &llama_expert_cache_stats::evictions,      1    },
-        { "reads_total",          "Read requests",                                             &llama_expert_cache_stats::reads,          1    },
-        { "bytes_demand_total",   "Bytes read because an evaluation needed them",              &llama_expert_cache_stats::bytes_demand,   1    },
-        { "bytes_prefetch_total", "Bytes read ahead",                                          &llama_expert_cache_stats::bytes_prefetch, 1    },
+        { "calls_total",            "Evaluations of the layer",                                  &llama_expert_cache_stats::calls,            1    },
+        { "calls_streamed_total",   "Evaluations that needed more experts than there are slots", &llama_expert_cache_stats::calls_streamed,   1    },
+        { "hits_total",             "Distinct experts of an evaluation found in a slot",         &llama_expert_cache_stats::hits,             1    },
+        { "misses_total",           "Distinct experts of an evaluation read from storage",       &llama_expert_cache_stats::misses,           1    },
+        { "hits_prefetch_total",    "Of the hits, experts that were read ahead",                 &llama_expert_cache_stats::hits_prefetch,    1    },
+        { "evictions_total",        "Experts that lost their slot",                              &llama_expert_cache_stats::evictions,        1    },
+        { "reads_total",            "Read requests",                                             &llama_expert_cache_stats::reads,            1    },
+        { "bytes_demand_total",     "Bytes read because an evaluation needed them",              &llama_expert_cache_stats::bytes_demand,     1    },
+        { "bytes_prefetch_total",   "Bytes read ahead",                                          &llama_expert_cache_stats::bytes_prefetch,   1    },
         { "forecasts_total",        "Evaluations before which their experts were forecast",      &llama_expert_cache_stats::forecasts,        1    },
         { "forecasts_read_total",   "Of these, evaluations for which experts were read ahead",   &llama_expert_cache_stats::forecasts_read,   1    },
         { "forecast_experts_total", "Experts that were forecast and were in no slot",            &llama_expert_cache_stats::forecast_experts, 1    },
         { "forecast_used_total",    "Of these, experts that the evaluation needed",              &llama_expert_cache_stats::forecast_used,    1    },
         { "forecast_needed_total",  "Experts that these evaluations needed and had no slot",     &llama_expert_cache_stats::forecast_needed,  1    },
-        { "stall_seconds_total",  "Time that compute waited with no expert ready",             &llama_expert_cache_stats::stall_ns,       1e-9 },
-        { "read_seconds_total",   "Sum over reader threads of the time spent in reads",        &llama_expert_cache_stats::read_ns,        1e-9 },
+        { "stall_seconds_total",    "Time that compute waited with no expert ready",             &llama_expert_cache_stats::stall_ns,         1e-9 },
+        { "read_seconds_total",     "Sum over reader threads of the time spent in reads",        &llama_expert_cache_stats::read_ns,          1e-9 },
     };
     for (const auto & counter : counters) {
         head(counter.name, "counter", counter.help);
