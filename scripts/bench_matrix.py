@@ -54,6 +54,7 @@ _QUICK_LAYERS = 3
 @click.option("--layers", type=click.IntRange(min=1), metavar="N", help="At most N layers: smaller, faster twins.")
 @click.option("--policy", "policies", multiple=True, metavar="NAME", help="Repeatable. [default: next-use, lfu, lru]")
 @click.option("--io", "read_modes", multiple=True, metavar="MODE", help="Repeatable. [default: direct, mmap]")
+@click.option("--prefetch", "prefetches", multiple=True, metavar="HOW", help="Repeatable. [default: off, router]")
 @click.option("-n", "--n-gen", type=click.IntRange(min=2), help="Tokens of a run. [default: 64]")
 @click.option("--n-gen-mmap", type=click.IntRange(min=2), help="Tokens of a stock mmap run. [default: 16]")
 @click.option("-r", "--repetitions", type=click.IntRange(min=1), help="Rounds. [default: 3]")
@@ -68,6 +69,7 @@ def main(
     layers: int | None,
     policies: tuple[str, ...],
     read_modes: tuple[str, ...],
+    prefetches: tuple[str, ...],
     n_gen: int | None,
     n_gen_mmap: int | None,
     repetitions: int | None,
@@ -84,12 +86,19 @@ def main(
     defaults = Settings(n_threads=threads or default_threads())
     if quick:
         defaults = replace(
-            defaults, policies=("next-use",), read_modes=("direct",), n_gen=16, n_gen_mmap=4, repetitions=1
+            defaults,
+            policies=("next-use",),
+            read_modes=("direct",),
+            prefetches=("off",),
+            n_gen=16,
+            n_gen_mmap=4,
+            repetitions=1,
         )
     settings = replace(
         defaults,
         policies=policies or defaults.policies,
         read_modes=read_modes or defaults.read_modes,
+        prefetches=prefetches or defaults.prefetches,
         n_gen=n_gen or defaults.n_gen,
         n_gen_mmap=n_gen_mmap or defaults.n_gen_mmap,
         repetitions=repetitions or defaults.repetitions,

@@ -39,7 +39,7 @@ from remoe_edge.routing.trace import excerpt, packaged_trace, save_trace
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_matrix.py"
 SIZES = Sizes(layers=2, experts=32, top_k=4, slot_bytes=1000, dense_bytes=50, file_bytes=32_100)
-SETTINGS = Settings(n_threads=2, read_modes=("direct",), n_gen=12, n_gen_mmap=4, repetitions=2)
+SETTINGS = Settings(n_threads=2, read_modes=("direct",), prefetches=("off",), n_gen=12, n_gen_mmap=4, repetitions=2)
 
 
 def row(engine: Engine, **changes: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def row(engine: Engine, **changes: Any) -> dict[str, Any]:
         "peak_memory_bytes": 10,
         "output_sha256": "o",
         "logits_sha256": "l",
-        "demand_bytes_per_token": 4e8 if engine.arm == "cache" else None,
+        "needed_bytes_per_token": 4e8 if engine.arm == "cache" else None,
         "bytes_per_token": 4e8,
         "storage_bytes_per_s": 2e9,
         "round": 0,
@@ -81,7 +81,7 @@ def row(engine: Engine, **changes: Any) -> dict[str, Any]:
 
 def test_engines_cover_the_matrix() -> None:
     planned = engines(SIZES, Settings(n_threads=1))
-    assert len(planned) == len({engine.label for engine in planned}) == 2 + 5 + 4 * 6 + 2
+    assert len(planned) == len({engine.label for engine in planned}) == 2 + 5 + 4 * 6 * 2 + 2
     assert {engine.slots for engine in planned if engine.arm == "cache"} == {4, 8, 12, 16, 32}
     assert {engine.slots for engine in planned if engine.arm == "mmap"} == {4, 8, 12, 16, 32}
     assert [engine.policy for engine in planned if engine.slots == 32 and engine.arm == "cache"] == [
@@ -140,7 +140,7 @@ def test_limits_are_the_larger_of_compute_and_reads() -> None:
         row(Engine("resident", repack=True), tpot_ms=20.0, storage_bytes_per_s=None),
         row(Engine("mmap", 8), tpot_ms=900.0, storage_bytes_per_s=1e9),
         row(Engine("cache", 8, "lfu", "direct"), tpot_ms=300.0, storage_bytes_per_s=4e9),
-        row(Engine("cache", 16, "lfu", "direct"), tpot_ms=75.0, demand_bytes_per_token=2e7),
+        row(Engine("cache", 16, "lfu", "direct"), tpot_ms=75.0, needed_bytes_per_token=2e7),
         row(Engine("cache", 2, "lfu", "direct"), status="refused", tpot_ms=None),
     ]
     add_limits(rows)

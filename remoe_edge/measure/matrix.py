@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ class Settings:
     fractions: Sequence[Fraction] = FRACTIONS
     policies: Sequence[str] = ("next-use", "lfu", "lru")
     read_modes: Sequence[str] = ("direct", "mmap")
+    prefetches: Sequence[str] = ("off", "router")
     n_gen: int = 64
     n_gen_mmap: int = 16
     repetitions: int = 3
@@ -98,11 +100,13 @@ class Engine:
     policy: str | None = None
     read_mode: str | None = None
     repack: bool = False
+    prefetch: str | None = None
 
     @property
     def label(self) -> str:
         slots = None if self.slots is None else f"{self.slots}s"
-        parts = (self.arm, slots, self.policy, self.read_mode, "repacked" if self.repack else None)
+        prefetch = None if self.prefetch in (None, "off") else f"prefetch {self.prefetch}"
+        parts = (self.arm, slots, self.policy, self.read_mode, prefetch, "repacked" if self.repack else None)
         return " ".join(part for part in parts if part)
 
 
@@ -127,9 +131,12 @@ def engines(sizes: Sizes, settings: Settings) -> list[Engine]:
     result = [Engine("resident"), Engine("resident", repack=True)]
     for n in slots:
         result.append(Engine("mmap", n))
-        # Where nothing is evicted all policies are one.
-        policies = settings.policies[:1] if n >= sizes.experts else settings.policies
-        result += [Engine("cache", n, policy, mode) for policy in policies for mode in settings.read_modes]
+        # Where nothing is evicted all policies are one, and nothing is left to read ahead.
+        fits = n >= sizes.experts
+        policies = settings.policies[:1] if fits else settings.policies
+        prefetches = ("off",) if fits else settings.prefetches
+        ways = product(policies, settings.read_modes, prefetches)
+        result += [Engine("cache", n, policy, mode, prefetch=prefetch) for policy, mode, prefetch in ways]
     return result
 
 
@@ -294,7 +301,11 @@ def _options(model: Path, engine: Engine, settings: Settings, limit: int | None)
     )
     if engine.arm == "cache":
         return replace(
-            options, budgets=(f"{engine.slots}s",), policies=(engine.policy,), read_modes=(engine.read_mode,)
+            options,
+            budgets=(f"{engine.slots}s",),
+            policies=(engine.policy,),
+            read_modes=(engine.read_mode,),
+            prefetches=(engine.prefetch,),
         )
     return replace(options, baselines=(engine.arm,), repack=engine.repack)
 
@@ -333,7 +344,9 @@ def merge_rounds(rows: Sequence[Row]) -> Row:
 
 
 def add_limits(rows: Sequence[Row]) -> None:
-    """Fill in max(T_resident, demand bytes / bandwidth) of one twin's rows, all from the same matrix.
+    """Fill in max(T_resident, needed bytes / bandwidth) of one twin's rows, all from the same matrix.
+
+    Needed are the bytes that were demanded and, of those that were read ahead, the ones that were used.
 
     The bandwidth is the median over all of the twin's rows: that of shared storage changes by the minute. Rows of stock
     mmap have no limit, because nothing counts which of the bytes that it read were needed; they can be held against the
@@ -346,7 +359,7 @@ def add_limits(rows: Sequence[Row]) -> None:
         if resident is None or row["status"] != "ok":
             continue
         if row["arm"] == "cache" and rates:
-            read_ms = row["demand_bytes_per_token"] / statistics.median(rates) * 1e3
+            read_ms = row["needed_bytes_per_token"] / statistics.median(rates) * 1e3
             row["limit_ms"] = max(resident, read_ms)
         elif _is_plain_resident(row):
             row["limit_ms"] = resident

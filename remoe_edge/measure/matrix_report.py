@@ -71,7 +71,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def _cells(row: Row, reference: str | None) -> list[str]:
     fraction = "-" if row["cache_fraction"] is None else f"{row['slots']}/{row['experts']}"
-    name = " ".join(part for part in (row["arm"], row.get("policy"), row.get("read_mode")) if part)
+    name = " ".join(part for part in (row["arm"], row.get("policy"), row.get("read_mode"), _prefetch(row)) if part)
     if row["arm"] == "cache" and row["status"] != "ok":
         name = row["engine"]
     if row["repack"]:
@@ -96,6 +96,10 @@ def _cells(row: Row, reference: str | None) -> list[str]:
         _size(row["peak_memory_bytes"]),
         output,
     ]
+
+
+def _prefetch(row: Row) -> str | None:
+    return None if row.get("prefetch") in (None, "off") else f"prefetch {row['prefetch']}"
 
 
 def _size(value: int | None) -> str:
@@ -123,7 +127,8 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
         curves: dict[str, list[Row]] = {}
         for row in own:
             if row["slots"] is not None:
-                name = f"cache {row['policy']} {row['read_mode']}" if row["arm"] == "cache" else "stock mmap"
+                parts = ("cache", row["policy"], row["read_mode"], _prefetch(row))
+                name = " ".join(filter(None, parts)) if row["arm"] == "cache" else "stock mmap"
                 curves.setdefault(name, []).append(row)
         limits: dict[str, list[Row]] = {}
         for name, points in curves.items():
