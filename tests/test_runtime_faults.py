@@ -1,10 +1,14 @@
 """Reads that fail in the runtime as it is installed: by a preloaded library, and by what happens to the file."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,9 @@ from remoe_edge.runtime.llama import CacheConfig, RuntimeReadError, Session, loa
 pytestmark = pytest.mark.runtime
 
 HERE = Path(__file__).parent
+# linux/fs/ext4/ext4.h
+EXT4_IOC_SHUTDOWN = 0x8004587D
+WITHOUT_FLUSH = 2
 STEPS = [[token] for token in range(10, 26)]
 
 
@@ -118,6 +125,51 @@ print("lives")
         check=False,
     )
     assert (result.returncode, result.stdout) == (0, "lives\n"), result.stderr
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, on a block device of its own."""
+    image, folder = tmp_path / "drive.img", tmp_path / "drive"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    mounted = subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mkfs.ext4"), reason="needs root and e2fsprogs")
+@pytest.mark.parametrize("io", ["direct", "mmap"])
+def test_a_drive_that_is_gone(drive: Path, model: Path, io: str) -> None:
+    """The kernel ends a mounted file system, as it does when its device has gone: all that is open fails from then on."""
+    expected = resident_logits(model)
+    path = Path(shutil.copy(model, drive))
+    os.sync()
+    with open_model(path, CacheConfig("2s", io=io), n_ctx=64, n_threads=1, repack=False) as session:
+        info = session.info()
+        assert info is not None
+        assert info.io == io
+        assert logits(session) == expected
+        folder = os.open(drive, os.O_RDONLY)
+        fcntl.ioctl(folder, EXT4_IOC_SHUTDOWN, struct.pack("I", WITHOUT_FLUSH))
+        os.close(folder)
+        for _ in range(3):
+            with pytest.raises(
+                RuntimeReadError, match=r"tiny\.gguf: .* expert \d+, offset \d+, \d+ bytes: Input/output"
+            ):
+                logits(session)
+        assert session.stats() is not None
+    with pytest.raises(RemoeError), open_model(path, CacheConfig("2s"), n_ctx=64, n_threads=1):
+        pass
+    image = drive.with_suffix(".img")
+    subprocess.run(["umount", drive], check=True)
+    subprocess.run(["mount", "-o", "loop", image, drive], check=True)
+    with open_model(path, CacheConfig("2s", io=io), n_ctx=64, n_threads=1, repack=False) as session:
+        assert logits(session) == expected
 
 
 class TestFiles:
