@@ -145,7 +145,7 @@ def drive(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mkfs.ext4"), reason="needs root and e2fsprogs")
 @pytest.mark.parametrize("io", ["direct", "mmap"])
 def test_a_drive_that_is_gone(drive: Path, model: Path, io: str) -> None:
-    """The kernel ends a mounted file system, as it does when its device has gone: all that is open fails from then on."""
+    """The kernel ends a mounted file system, as it does when its device has gone: what is open fails from then on."""
     expected = resident_logits(model)
     path = Path(shutil.copy(model, drive))
     os.sync()
