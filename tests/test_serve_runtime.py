@@ -470,6 +470,7 @@ class TestMetrics:
             assert calls >= 10
             assert hits + misses >= 2 * calls
             assert read == misses * 3 * 64 * 64 * 4
+            assert after[f'remoe_expert_cache_reads_wrong_total{{layer="{layer}"}}'] == 0
         assert after["remoe_expert_cache_used_bytes"] <= after["remoe_expert_cache_budget_bytes"]
         assert after['remoe_memory_bytes{process="model"}'] > 1 << 20
 

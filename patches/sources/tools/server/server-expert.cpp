@@ -113,6 +113,7 @@ std::string server_expert_metrics(const llama_model * model, const server_expert
         { "hits_prefetch_total",    "Of the hits, experts that were read ahead",                 &llama_expert_cache_stats::hits_prefetch,    1    },
         { "evictions_total",        "Experts that lost their slot",                              &llama_expert_cache_stats::evictions,        1    },
         { "reads_total",            "Read requests",                                             &llama_expert_cache_stats::reads,            1    },
+        { "reads_wrong_total",      "Reads that gave wrong bytes and were made once more",       &llama_expert_cache_stats::reads_wrong,      1    },
         { "bytes_demand_total",     "Bytes read because an evaluation needed them",              &llama_expert_cache_stats::bytes_demand,     1    },
         { "bytes_prefetch_total",   "Bytes read ahead",                                          &llama_expert_cache_stats::bytes_prefetch,   1    },
         { "forecasts_total",        "Evaluations before which their experts were forecast",      &llama_expert_cache_stats::forecasts,        1    },
