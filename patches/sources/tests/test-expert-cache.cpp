@@ -481,13 +481,19 @@ static void test_readers_probe(const test_file & file, llama_expert_io_mode io) 
     };
     const size_t room = 64 << 20;
 
-    int best = 0; // of a few tries: other load on the machine may spoil one
+    // of a few tries: other load on the machine may spoil one
+    int    best = 0;
+    double gain = INFINITY; // of 16 threads over one
     for (int i = 0; i < 5 && best < 8; i++) {
         best = std::max(best, llama_expert_readers_choose(rates(false, room)));
     }
+    for (int i = 0; i < 5 && gain >= 2; i++) {
+        const auto serial = rates(true, room);
+        assert(serial.front().first == 1);
+        gain = std::min(gain, serial.back().second / serial.front().second);
+    }
     assert(best >= 8);
-    const auto serial = rates(true, room);
-    assert(serial.front().first == 1 && serial.back().second < 2 * serial.front().second);
+    assert(gain < 2);
     assert(rates(false, 0).size() == 1); // no room for more
 
     // a read that fails says nothing about storage
